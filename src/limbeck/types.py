@@ -1,0 +1,98 @@
+"""Records that pass between parts. Tensor names end in their axes: B batch, T time, N kept tokens, V vocabulary, H width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+Writer = Literal["dataset", "teacher", "student"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One tokenised row of a data set.
+
+    `tokens` is the whole text, BOS and EOS included; `mask[i]` says that `tokens[i]` is learnt (predicted from what
+    stands before it). `prompt_tokens` is how many leading tokens an on-policy method is given; what follows them is
+    the last completion. `row` is the row of the file, for metrics and samples. `index` is its place in the data set.
+    """
+
+    tokens: list[int]
+    mask: list[bool]
+    prompt_tokens: int
+    row: dict[str, Any] = field(default_factory=dict[str, Any])
+    index: int = 0
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.tokens[: self.prompt_tokens]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sequence to train on, whoever wrote it. `finish_reason` is `stop` (it ended by itself) or `length`."""
+
+    tokens: list[int]
+    mask: list[bool]
+    prompt_tokens: int
+    writer: Writer
+    finish_reason: Literal["stop", "length"] = "stop"
+
+    def __post_init__(self) -> None:
+        if len(self.mask) != len(self.tokens):
+            raise AssertionError(f"{len(self.tokens)} tokens but {len(self.mask)} mask entries")
+
+    @property
+    def learnt(self) -> int:
+        """How many tokens are predicted: the first token of a sequence has nothing before it."""
+        return sum(self.mask[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output head: logits = softcap(scale * (hidden @ weight.T + bias)), over the first `rows` rows of `weight`.
+
+    `softcap(x) = c * tanh(x / c)`. `rows` leaves out the padding rows of the vocabulary (None: all are real tokens).
+    """
+
+    weight_VH: torch.Tensor
+    bias_V: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    rows: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of tokens that the head scores."""
+        return self.weight_VH.shape[0] if self.rows is None else self.rows
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """The teacher's last hidden states at the student's kept tokens, row by row, and its output head."""
+
+    hidden_NH: torch.Tensor
+    head: Head
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """The teacher's whole distribution at the student's kept tokens, row by row, in log space (temperature 1)."""
+
+    logprobs_NV: torch.Tensor
+
+
+Signal = Hidden | Dense
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Per-token values, nats. `loss_N` = w_divergence * divergence_N + w_nll * nll_N carries the gradient, and so do
+    `divergence_N` and `nll_N`; `stats` are detached."""
+
+    loss_N: torch.Tensor
+    divergence_N: torch.Tensor | None
+    nll_N: torch.Tensor | None
+    stats: dict[str, torch.Tensor]
