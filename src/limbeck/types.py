@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -32,13 +32,15 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sequence to train on, whoever wrote it. `finish_reason` is `stop` (it ended by itself) or `length`."""
+    """One sequence to train on, whoever wrote it. `finish_reason` is `stop` (it ended by itself) or `length`.
+    `index` is the place of its prompt in the data set, to name it in errors."""
 
     tokens: list[int]
     mask: list[bool]
     prompt_tokens: int
     writer: Writer
     finish_reason: Literal["stop", "length"] = "stop"
+    index: int = 0
 
     def __post_init__(self) -> None:
         if len(self.mask) != len(self.tokens):
@@ -85,6 +87,26 @@ class Dense:
 
 
 Signal = Hidden | Dense
+
+
+class Objective(Protocol):
+    """What the student minimises: per-token terms from its hidden states, its head and what the teacher says."""
+
+    def __call__(
+        self,
+        student_hidden_NH: torch.Tensor,
+        head: Head,
+        signal: Signal | None,
+        tokens_N: torch.Tensor,
+        *,
+        stats: tuple[str, ...] = (),
+    ) -> Terms: ...
+
+
+class Source(Protocol):
+    """Who writes the sequences: the rollouts of one optimiser step, in the order of `examples`."""
+
+    def __call__(self, examples: list[Example], step: int) -> list[Rollout]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,8 @@
+"""The report of one run, of several side by side, or of a comparison: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+from limbeck.report.environment import cpu_name, environment
+from limbeck.report.page import write_report
+
+__all__ = ["cpu_name", "environment", "write_report"]

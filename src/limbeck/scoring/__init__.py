@@ -1,0 +1,98 @@
+"""(completion, reference) -> number: metrics and rewards, in one dict."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any, cast
+
+from limbeck.errors import RecipeError, ScoreError
+from limbeck.scoring.answers import numeric_answer
+from limbeck.scoring.text import bleu, exact_match, length, rouge_2, rouge_l
+
+Score = Callable[[str, str], float]
+
+SCORES: dict[str, Score] = {
+    "rouge_l": rouge_l,
+    "rouge_2": rouge_2,
+    "bleu": bleu,
+    "exact_match": exact_match,
+    "numeric_answer": numeric_answer,
+    "accuracy": numeric_answer,
+    "length": length,
+}
+
+__all__ = ["SCORES", "Score", "resolve", "score"]
+
+
+def resolve(name: str | Score) -> Score:
+    """An entry of SCORES, `module:function`, or the function itself. RecipeError where there is none."""
+    if callable(name):
+        return name
+    if ":" in name:
+        return _imported(name)
+    if name not in SCORES:
+        close = difflib.get_close_matches(name, SCORES, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise RecipeError(f"expected a score among {', '.join(SCORES)}, or module:function; found {name!r}{hint}")
+    return SCORES[name]
+
+
+def _imported(name: str) -> Score:
+    module_name, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    # A user's module may fail in any way while it is imported.
+    except Exception as error:
+        raise RecipeError(
+            f"expected a score at {name!r}, found {type(error).__name__}: {error}; is it on PYTHONPATH?"
+        ) from error
+    if not callable(function):
+        raise RecipeError(
+            f"expected a function (completion, reference) -> float at {name!r}, found {type(function).__name__}"
+        )
+    return cast(Score, function)
+
+
+def score(
+    name: str | Score,
+    completions: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    prompts: Sequence[str] | None = None,
+) -> list[float]:
+    """One number a completion; against several references, the best of them.
+
+    `prompts` are for the error message alone. Raises ScoreError, naming the prompt, where the score raises or returns
+    something else than a finite number.
+    """
+    function = resolve(name)
+    if not len(completions) == len(references) == len(prompts if prompts is not None else completions):
+        raise ValueError(f"{len(completions)} completions, {len(references)} references: expected one each")
+    values: list[float] = []
+    for number, (completion, several) in enumerate(zip(completions, references, strict=True)):
+        several = [several] if isinstance(several, str) else several
+        where = f"prompt {number}" + (f" ({prompts[number][:80]!r})" if prompts is not None else "")
+        if not several:
+            raise ScoreError(f"score {_title(name)}: expected one reference or more at {where}, found none")
+        values.append(
+            max(_one(function, completion, reference, f"score {_title(name)} at {where}") for reference in several)
+        )
+    return values
+
+
+def _title(name: str | Score) -> str:
+    return name if isinstance(name, str) else getattr(name, "__name__", repr(name))
+
+
+def _one(function: Score, completion: str, reference: str, where: str) -> float:
+    try:
+        value: Any = function(completion, reference)
+    # A user's score may fail in any way; the prompt must be named.
+    except Exception as error:
+        raise ScoreError(f"{where}: expected a number, found {type(error).__name__}: {error}") from error
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ScoreError(f"{where}: expected a finite number, found {value!r}; return a float")
+    return float(value)

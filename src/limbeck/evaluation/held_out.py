@@ -1,0 +1,119 @@
+"""How far the student is from held-out text and, on that text, from its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from limbeck.data import collate, dataset_rollout
+from limbeck.errors import DataError
+from limbeck.models import adapters_off, completion_hidden
+from limbeck.ops.chunked import linear_terms
+from limbeck.types import Example, Hidden, Rollout
+
+BUCKETS = 32
+STATS = ("forward_kl", "reverse_kl", "agreement")
+
+
+@torch.no_grad()
+def held_out(
+    student: Any, teacher: Any, examples: Sequence[Example], pad_id: int, *, batch_tokens: int = 16_384
+) -> dict[str, Any]:
+    """Means over the learnt tokens of `examples`: `loss` (negative log-likelihood, nats) and, with a teacher,
+    `forward_kl` and `reverse_kl` (nats, temperature 1) and `agreement` (how often both find the same token likeliest).
+
+    Beside them `tokens` (their number), `per_example` {name: [one mean an example], "tokens": [...]} for paired
+    intervals weighted by tokens, and with a teacher `divergence_by_position` (see `by_position`).
+
+    `teacher` is a model, "adapters" (the student with its LoRA adapters off, also where the teacher is that same LoRA
+    model) or None. A batch holds at most `batch_tokens` tokens, padding included (one row at least); both models run in
+    eval mode under the caller's autocast. Raises DataError where nothing is learnt.
+    """
+    rollouts = [dataset_rollout(example) for example in examples]
+    if sum(rollout.learnt for rollout in rollouts) == 0:
+        raise DataError(
+            f"expected completions in the held-out data, found none in {len(rollouts)} rows: add completions"
+        )
+    if teacher is student and hasattr(student, "disable_adapter"):
+        teacher = "adapters"
+    device = next(student.parameters()).device
+    sums = {name: np.zeros(len(rollouts)) for name in ("loss", *(STATS if teacher is not None else ()))}
+    positions: list[np.ndarray] = []
+    divergences: list[np.ndarray] = []
+    with _evaluating(student), ExitStack() as stack:
+        if teacher is not None and not isinstance(teacher, str):
+            stack.enter_context(_evaluating(teacher))
+        for places in batches(rollouts, batch_tokens):
+            batch = {k: v.to(device) for k, v in collate([rollouts[place] for place in places], pad_id).items()}
+            columns = _columns(student, teacher, batch)
+            learnt_BS = batch["learnt"][:, 1:].bool().cpu().numpy()
+            row_N, _ = learnt_BS.nonzero()
+            for name, values_N in columns.items():
+                sums[name][places] = np.bincount(row_N, values_N, minlength=len(places))
+            if teacher is not None:
+                positions.append((learnt_BS.cumsum(1) - 1)[learnt_BS])
+                divergences.append(columns["forward_kl"])
+    return _summary(sums, np.array([rollout.learnt for rollout in rollouts]), positions, divergences)
+
+
+def _columns(student: Any, teacher: Any, batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Per learnt token, row by row, in float64: loss and, with a teacher, STATS."""
+    hidden_NH, tokens_N, head = completion_hidden(student, batch)
+    signal = None
+    if teacher is not None:
+        alone = teacher == "adapters"
+        with adapters_off(student) if alone else nullcontext():
+            teacher_hidden_NG, _, teacher_head = completion_hidden(student if alone else teacher, batch)
+        signal = Hidden(teacher_hidden_NG, teacher_head)
+    terms = linear_terms(hidden_NH, head, signal, tokens_N, stats=STATS if signal is not None else ())
+    return {name: values_N.double().cpu().numpy() for name, values_N in {"loss": terms.loss_N, **terms.stats}.items()}
+
+
+def _summary(
+    sums: dict[str, np.ndarray], tokens_P: np.ndarray, positions: list[np.ndarray], divergences: list[np.ndarray]
+) -> dict[str, Any]:
+    kept_P = tokens_P > 0
+    summary: dict[str, Any] = {name: float(sums_P.sum() / tokens_P.sum()) for name, sums_P in sums.items()}
+    summary["tokens"] = int(tokens_P.sum())
+    summary["per_example"] = {name: (sums_P[kept_P] / tokens_P[kept_P]).tolist() for name, sums_P in sums.items()}
+    summary["per_example"]["tokens"] = tokens_P[kept_P].tolist()
+    if positions:
+        summary["divergence_by_position"] = by_position(np.concatenate(positions), np.concatenate(divergences))
+    return summary
+
+
+def by_position(positions_N: np.ndarray, divergences_N: np.ndarray) -> list[dict[str, float]]:
+    """Mean forward KL by place among the learnt tokens of a row, counted from 0: at most BUCKETS stretches of equal
+    length, each with its first `position` and its number of `tokens`."""
+    width = int(positions_N.max()) // BUCKETS + 1
+    buckets_N = positions_N // width
+    tokens = np.bincount(buckets_N)
+    sums = np.bincount(buckets_N, divergences_N)
+    return [
+        {"position": bucket * width, "forward_kl": float(sums[bucket] / count), "tokens": int(count)}
+        for bucket, count in enumerate(tokens)
+    ]
+
+
+def batches(rollouts: Sequence[Rollout], batch_tokens: int) -> Iterator[list[int]]:
+    """Places of `rollouts`, longest first: at most `batch_tokens` tokens a batch, with padding (one row at least)."""
+    order = sorted(range(len(rollouts)), key=lambda place: -len(rollouts[place].tokens))
+    while order:
+        count = max(1, batch_tokens // len(rollouts[order[0]].tokens))
+        yield order[:count]
+        order = order[count:]
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,184 @@
+"""Models and tokenizers from folders, hub ids and GGUF files. Weights come from safetensors or GGUF alone."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from limbeck.errors import ModelError
+
+PathLike = str | Path
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def load_model(
+    path: PathLike,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model in eval mode.
+
+    `path` is a folder with config.json and safetensors, a .gguf file or a folder that holds one (weights are
+    dequantised to `dtype`; needs the extra `gguf`), or a hub id. A path that exists is never looked up elsewhere.
+    Raises ModelError: no such folder, pickled weights only, a broken or incomplete file, no config.json.
+    """
+    source, options = locate(path)
+    options["trust_remote_code"] = trust_remote_code
+    if "gguf_file" in options:
+        from transformers import GgufConfig
+
+        # Packed linears compute slowly on a CPU and cannot be saved.
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
+        _require_safetensors(source)
+    with _one_line(f"{path}: expected a causal language model"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+        model, info = loaded
+    _require_whole(path, info)
+    return move(model, device).eval()
+
+
+def load_tokenizer(path: PathLike, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, GGUF file or hub id; it has an EOS token and a pad token and pads on the right.
+
+    Where the folder names no pad token, the EOS token is used: limbeck masks by lengths, so the EOS is learnt still.
+    Raises ModelError: no tokenizer there, or one without an EOS token.
+    """
+    source, options = locate(path, config="tokenizer_config.json or tokenizer.json")
+    with _one_line(f"{path}: expected a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{path}: expected a tokenizer with an EOS token (it ends every completion), found none; "
+            f'set "eos_token" in its tokenizer_config.json'
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def locate(path: PathLike, *, config: str = "config.json") -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` is given for a path: a folder or hub id, and options (`gguf_file`, `local_files_only`)."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        if place.suffix != ".gguf":
+            raise ModelError(
+                f"{path}: expected a folder, a .gguf file or a hub id, found another file; name its folder"
+            )
+        return str(place.parent), {"gguf_file": _with_gguf(place), "local_files_only": True}
+    if place.is_dir():
+        if any((place / name).exists() for name in config.split(" or ")):
+            return str(place), {"local_files_only": True}
+        files = sorted(place.glob("*.gguf"))
+        if len(files) == 1:
+            return str(place), {"gguf_file": _with_gguf(files[0]), "local_files_only": True}
+        if files:
+            raise ModelError(f"{path}: expected one .gguf file, found {len(files)}; name one, such as {files[0]}")
+        if (place / "adapter_config.json").exists():
+            raise ModelError(
+                f"{path}: expected a model, found a LoRA adapter; merge it into its base model and save that"
+            )
+        raise ModelError(
+            f"{path}: expected {config} (or a .gguf file) in this folder, found neither; name a model's folder"
+        )
+    if _is_hub_id(path, place):
+        return str(path), {}
+    raise ModelError(f"{path}: expected a folder, a .gguf file or a hub id, found nothing there{_nearest_entry(place)}")
+
+
+def _is_hub_id(path: PathLike, place: Path) -> bool:
+    """A name such as `gpt2` or `org/name`; `org` that is a folder here makes it a local path that is misspelt."""
+    text = str(path)
+    if not _HUB_ID.fullmatch(text) or text.endswith(".gguf"):
+        return False
+    return place.parent == Path(".") or not place.parent.is_dir()
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the closest known word, or nothing."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def move(model: PreTrainedModel, device: torch.device | str | None) -> PreTrainedModel:
+    """`model` on a device (None: where it is)."""
+    moved: Any = model if device is None else nn.Module.to(model, device)
+    return moved
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """`model` with its weights in `dtype`, in place. `model.to(dtype)` would round the rotary frequencies too, which
+    `from_pretrained` keeps in float32: far positions would then be wrong."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def _nearest_entry(place: Path) -> str:
+    parent = place.parent
+    while not parent.is_dir():
+        place, parent = parent, parent.parent
+    return did_you_mean(place, (str(parent / entry.name) for entry in parent.iterdir())) or f"; look in {parent}"
+
+
+def _with_gguf(file: Path) -> str:
+    try:
+        import gguf  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError:
+        raise ModelError(
+            f"{file}: expected the package `gguf` to read it, found none; pip install limbeck[gguf]"
+        ) from None
+    return file.name
+
+
+def _require_safetensors(source: str) -> None:
+    folder = Path(source)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
+        return
+    pickles = [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))]
+    if pickles:
+        raise ModelError(
+            f"{source}: expected safetensors, found pickled weights only ({pickles[0]}), which may run any code when "
+            f"read; where you trust them, load them with transformers and save_pretrained() to a new folder"
+        )
+    raise ModelError(f"{source}: expected model.safetensors, found no weights; copy the whole folder of the model")
+
+
+def _require_whole(path: PathLike, info: dict[str, Any]) -> None:
+    """transformers fills weights that are missing with random numbers and says so in a log line only."""
+    for kind in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in info.get(kind) or ())
+        if names:
+            raise ModelError(
+                f"{path}: expected every weight of the configuration, found {len(names)} {kind.split('_')[0]} "
+                f"(first: {names[0]}); config.json and the weights do not belong together, copy the folder again"
+            )
+
+
+@contextmanager
+def _one_line(expected: str) -> Generator[None]:
+    """Turns what transformers raises for a bad folder into a ModelError of one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except SafetensorError as error:
+        raise ModelError(f"{expected}, found a broken safetensors file ({error}); copy or download it again") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{expected}, found: {type(error).__name__}: {reason[:300]}") from error

@@ -1,0 +1,177 @@
+"""compare(): several methods from one start under one budget, over training seeds; one table, one report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import shutil
+import sys
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from limbeck.errors import RecipeError
+from limbeck.evaluation import mean_interval, paired_difference
+from limbeck.methods import METHODS
+from limbeck.pipeline.distilling import Run, distill, finished, write_json
+from limbeck.pipeline.limit import Limit
+from limbeck.pipeline.table import print_comparison
+from limbeck.recipe import RECIPES, Recipe, did_you_mean
+from limbeck.report import environment, write_report
+
+LOWER_IS_BETTER = ("loss", "forward_kl", "reverse_kl")
+CSV_COLUMNS = ("study", "method", "seed", "metric", "value", "seconds", "command", "commit")
+
+
+def compare(
+    recipe: Recipe | str | Path,
+    *,
+    methods: list[str],
+    limit: Limit | None = None,
+    seeds: list[int] | None = None,
+    name: str = "compare",
+    console: Console | None = None,
+) -> Path:
+    """Trains every method with every seed from that seed's start, evaluates alike, and writes comparison.json,
+    results.csv and report.html into the recipe's `output`, which is returned.
+
+    The start is the recipe's `init` (an SFT stage, one a seed, shared by the methods) or the student as it is. A cell
+    whose recipe and limit are unchanged is not run again. Raises LimbeckError before anything is trained.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, [])
+    limit, seeds, console = limit or Limit(), seeds or [recipe.seed], console or Console()
+    for method in methods:
+        if method not in RECIPES:
+            raise RecipeError(f"--methods: expected some of {', '.join(RECIPES)}; found {method!r}{did_you_mean(method, RECIPES)}")
+    folder = Path(recipe.output)
+    cells = {(method, seed): _cell(recipe, method, seed, limit, folder) for seed in seeds for method in methods}
+    runs: dict[tuple[str, int], Run] = {}
+    for (method, seed), cell in cells.items():
+        if recipe.init is not None:
+            cell = cell.replaced(student={"path": str(_start(recipe, seed, folder).student_path)})
+        runs[method, seed] = _run_cell(cell, limit, folder, console)
+    comparison = _comparison(recipe, methods, seeds, limit, runs, folder)
+    write_json(folder / "comparison.json", comparison)
+    _write_csv(folder / "results.csv", name, comparison, runs)
+    report = write_report(folder)
+    print_comparison(comparison, console)
+    console.print(f"\nreport   {report}\nnumbers  {folder / 'results.csv'}", soft_wrap=True)
+    return folder
+
+
+def _cell(recipe: Recipe, method: str, seed: int, limit: Limit, folder: Path) -> Recipe:
+    training = {} if limit.steps is None else {"max_steps": limit.steps}
+    if limit.seconds is not None or limit.tokens is not None:
+        training = {"max_steps": 10**6}
+    return recipe.with_method(method, seed=seed, training=training, output=str(folder / "runs" / f"{method}-seed{seed}"), init=None)
+
+
+def _start(recipe: Recipe, seed: int, folder: Path) -> Run:
+    assert recipe.init is not None
+    stage = recipe.with_method(
+        "sft", seed=seed, training=recipe.init.training, output=str(folder / f"start-seed{seed}"), init=None
+    ).replaced(evaluation={"prompts": 0})
+    done = finished(folder / f"start-seed{seed}", stage)
+    if done is None:
+        shutil.rmtree(folder / f"start-seed{seed}", ignore_errors=True)
+        done = distill(stage, report=False)
+    return done
+
+
+def _run_cell(cell: Recipe, limit: Limit, folder: Path, console: Console) -> Run:
+    place = Path(cell.output)
+    mark = place / "limit.json"
+    done = finished(place, cell)
+    if done is not None and mark.exists() and json.loads(mark.read_text()) == asdict(limit):
+        console.print(f"{place.name}: done before")
+        return done
+    shutil.rmtree(place, ignore_errors=True)
+    run = distill(cell, limit=limit, memo=folder / "evaluations", report=False)
+    write_json(mark, asdict(limit))
+    return run
+
+
+def _comparison(
+    recipe: Recipe, methods: list[str], seeds: list[int], limit: Limit, runs: dict[tuple[str, int], Run], folder: Path
+) -> dict[str, Any]:
+    first = runs[methods[0], seeds[0]].metrics
+    metric = recipe.evaluation.metrics[0] if recipe.evaluation.metrics else "forward_kl" if recipe.teacher else "loss"
+    rows = [{"method": "teacher", "label": "Teacher", "metrics": first["teacher_metrics"]}] if recipe.teacher else []
+    starts = [runs[methods[0], seed].metrics for seed in seeds]
+    rows.append({"method": "start", "label": "Start", "metrics": _over_seeds(starts, "before")})
+    for method in methods:
+        own = [runs[method, seed].metrics for seed in seeds]
+        rows.append(
+            {
+                "method": method,
+                "label": METHODS[method].label,
+                "recipe": str((runs[method, seeds[0]].folder / "recipe.yaml").relative_to(folder)),
+                "metrics": _over_seeds(own, "metrics"),
+                "seconds": float(np.mean([run["seconds"] for run in own])),
+                "steps": float(np.mean([run["steps"] for run in own])),
+            }
+        )
+    compared = dict.fromkeys([metric, f"{metric}_greedy", "forward_kl", "loss"])
+    compared = [name for name in compared if name in first["per_prompt"]]
+    pairs = [_pair(a, b, name, seeds, runs) for name in compared for b, a in combinations(methods, 2)]
+    return {
+        "title": f"{', '.join(METHODS[m].label for m in methods)} from one start",
+        "budget": str(limit),
+        "seeds": seeds,
+        "command": shlex.join(["limbeck", *sys.argv[1:]]),
+        "metric": metric,
+        "table": rows,
+        "pairs": pairs,
+        "environment": environment(shlex.join(["limbeck", *sys.argv[1:]]), seeds[0]),
+    }
+
+
+def _over_seeds(runs: list[dict[str, Any]], part: str) -> dict[str, Any]:
+    """One interval a metric: over training seeds where there are enough, else the one over prompts."""
+    per_prompt = "per_prompt" if part == "metrics" else "before_per_prompt"
+    if len(runs) == 1:
+        return runs[0][part]
+    table: dict[str, Any] = {}
+    for name in runs[0][part]:
+        values_SP = np.array([run[per_prompt][name] for run in runs])
+        table[name] = asdict(mean_interval(values_SP, seeds="training", weights=_weights(runs[0], per_prompt, name)))
+    return table
+
+
+def _pair(a: str, b: str, name: str, seeds: list[int], runs: dict[tuple[str, int], Run]) -> dict[str, Any]:
+    values = [np.array([runs[method, seed].metrics["per_prompt"][name] for seed in seeds]) for method in (a, b)]
+    weights = _weights(runs[a, seeds[0]].metrics, "per_prompt", name)
+    difference = paired_difference(
+        values[0], values[1], seeds="training", weights=weights, lower_is_better=name in LOWER_IS_BETTER
+    )
+    return {"a": a, "b": b, "metric": name, **asdict(difference)}
+
+
+def _weights(run: dict[str, Any], per_prompt: str, name: str) -> np.ndarray | None:
+    """Held-out numbers are means over tokens; a task's metric is a mean over prompts."""
+    tokens = run[per_prompt].get("tokens")
+    held_out = name in (*LOWER_IS_BETTER, "agreement")
+    return np.array(tokens) if held_out and tokens is not None else None
+
+
+def _write_csv(path: Path, name: str, comparison: dict[str, Any], runs: dict[tuple[str, int], Run]) -> None:
+    """One line a method, training seed and metric, the teacher as `teacher`."""
+    shared = (comparison["command"], comparison["environment"]["commit"] or "")
+    with path.open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(CSV_COLUMNS)
+        for method in ("teacher", "start"):
+            for (_, seed), run in list(runs.items())[: 1 if method == "teacher" else None]:
+                part = run.metrics["teacher_metrics" if method == "teacher" else "before"]
+                if method == "start" and run is not next(r for (_, s), r in runs.items() if s == seed):
+                    continue
+                for metric, value in part.items():
+                    out.writerow([name, method, "" if method == "teacher" else seed, metric, value["mean"], 0, *shared])
+        for (method, seed), run in runs.items():
+            for metric, value in run.metrics["metrics"].items():
+                out.writerow([name, method, seed, metric, value["mean"], f"{run.metrics['seconds']:.1f}", *shared])

@@ -1,0 +1,151 @@
+"""distill(): a recipe in, a run folder out: trained, evaluated before and after, reported."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from limbeck.errors import CheckpointError, RecipeError
+from limbeck.methods import METHODS
+from limbeck.models import save_student
+from limbeck.pipeline.assess import Assessor
+from limbeck.pipeline.card import model_card
+from limbeck.pipeline.limit import Limit
+from limbeck.recipe import Recipe
+from limbeck.report import environment, write_report
+from limbeck.training import Budget, Parts, build, train
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind. `metrics` is its evaluation.json."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+    @property
+    def student_path(self) -> Path:
+        return self.folder / "student"
+
+    @property
+    def report_path(self) -> Path:
+        return self.folder / "report.html"
+
+
+def distill(
+    recipe: Recipe | str | Path | dict[str, Any],
+    *,
+    student: Any = None,
+    teacher: Any = None,
+    dataset: Any = None,
+    callbacks: tuple[Any, ...] | list[Any] = (),
+    resume: bool = False,
+    limit: Limit | None = None,
+    memo: Path | None = None,
+    quiet: bool = False,
+    report: bool = True,
+) -> Run:
+    """Trains, evaluates, reports. `student` and `teacher` may be (model, tokenizer) in memory, `dataset` a datasets.Dataset
+    or a list of rows; each takes the place of what the recipe names. `resume` goes on from the newest whole checkpoint in
+    the recipe's `output`. `limit` (pipeline.Limit) ends training by seconds or tokens. `memo` is a folder that keeps the
+    evaluations of teacher and start, so that runs which share them share that work.
+
+    Raises LimbeckError; nothing is trained before every check has passed.
+    """
+    recipe = _loaded(recipe)
+    folder = Path(recipe.output)
+    _claim(folder, resume)
+    if recipe.init is not None:
+        start = _start(recipe, folder / "start", student=student, teacher=teacher, dataset=dataset, quiet=quiet)
+        recipe = recipe.replaced(student={"path": str(start.student_path)}, init=None)
+        student = None
+    recipe.save(folder / "recipe.yaml")
+    parts = build(_as_before(recipe, folder) if resume else recipe, student=student, teacher=teacher, rows=dataset)
+    command = shlex.join(["limbeck", *sys.argv[1:]])
+    dtype = "fp32" if parts.autocast is None else "bf16"
+    write_json(folder / "environment.json", environment(command, recipe.seed, dtype=dtype))
+    assessor = Assessor(recipe, parts, memo or folder / "evaluations")
+    before = assessor.start()
+    if not quiet:
+        _say(parts)
+    trainer, seconds = train(
+        recipe,
+        parts,
+        folder,
+        resume=resume and any((folder / "checkpoints").glob("checkpoint-*")),
+        budget=_budget(limit),
+        evaluator=assessor.during,
+        callbacks=tuple(callbacks),
+        quiet=quiet,
+    )
+    after = assessor.student()
+    save_student(parts.student, parts.tokenizer, folder / "student")
+    evaluation = assessor.summary(before, after, seconds=seconds, steps=trainer.state.global_step)
+    write_json(folder / "evaluation.json", evaluation)
+    (folder / "student" / "README.md").write_text(model_card(recipe, evaluation))
+    if report:
+        write_report(folder)
+    return Run(folder, evaluation)
+
+
+def _loaded(recipe: Recipe | str | Path | dict[str, Any]) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe.parse(dict(recipe)) if isinstance(recipe, dict) else Recipe.load(recipe, [])
+
+
+def _claim(folder: Path, resume: bool) -> None:
+    """A run never writes over another one."""
+    if resume and not folder.is_dir():
+        raise CheckpointError(f"output {folder}: expected a run to resume; found no such folder; start without --resume")
+    if not resume and (folder / "metrics.jsonl").exists():
+        raise RecipeError(f"output {folder}: expected a new folder; found a run in it; add --resume, or set another output=")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _as_before(recipe: Recipe, folder: Path) -> Recipe:
+    """A probe of speed may turn out otherwise the second time: a resumed run keeps its precision."""
+    kept = folder / "environment.json"
+    return recipe.replaced(precision=json.loads(kept.read_text())["dtype"]) if kept.exists() else recipe
+
+
+def _start(recipe: Recipe, folder: Path, *, student: Any, teacher: Any, dataset: Any, quiet: bool) -> Run:
+    """The SFT stage that the method goes on from; kept, and trained again only if its recipe changed."""
+    assert recipe.init is not None
+    stage = recipe.with_method("sft", training=recipe.init.training, output=str(folder), init=None).replaced(evaluation={"prompts": 0})
+    done = finished(folder, stage)
+    if done is not None:
+        return done
+    shutil.rmtree(folder, ignore_errors=True)
+    return distill(stage, student=student, teacher=teacher, dataset=dataset, quiet=quiet, report=False)
+
+
+def finished(folder: Path, recipe: Recipe) -> Run | None:
+    """The run in `folder` if it is whole and came from this very recipe."""
+    saved, evaluation = folder / "recipe.yaml", folder / "evaluation.json"
+    if not saved.exists() or not evaluation.exists() or saved.read_text() != recipe.yaml():
+        return None
+    return Run(folder, json.loads(evaluation.read_text()))
+
+
+def _budget(limit: Limit | None) -> Budget | None:
+    if limit is None or (limit.seconds is None and limit.tokens is None):
+        return None
+    return Budget(seconds=limit.seconds, tokens=limit.tokens)
+
+
+def _say(parts: Parts) -> None:
+    for line in (f"data  {parts.summary}", *parts.notes):
+        print(line, file=sys.stderr)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(path)

@@ -1,0 +1,303 @@
+"""The typed recipe: YAML in, dotted overrides on top, an unknown key is an error that names its neighbour."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from transformers import TrainingArguments
+
+from limbeck.errors import RecipeError
+from limbeck.ops.divergences import DIVERGENCES
+
+PACKAGED = Path(__file__).parent / "recipes"
+
+# Set by limbeck itself; a recipe that sets them would fight the trainer.
+OWNED_TRAINING_KEYS = {
+    "output_dir": "use the recipe's `output`",
+    "seed": "use the recipe's `seed`",
+    "data_seed": "use the recipe's `seed`",
+    "bf16": "use the recipe's `precision`",
+    "fp16": "use the recipe's `precision`",
+    "remove_unused_columns": "limbeck reads whole rows",
+    "eval_strategy": "use `evaluation.steps`",
+    "eval_steps": "use `evaluation.steps`",
+    "logging_nan_inf_filter": "a NaN always stops the run",
+    "do_train": "`limbeck distill` trains",
+    "do_eval": "use `evaluation.steps`",
+}
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class Layers(Strict):
+    layers: list[int] = Field(min_length=1)
+
+
+class Student(Strict):
+    """Exactly one of `path`, `from_teacher`, `from_config`; `lora` may stand beside any of them, and `tokenizer: teacher` beside a path."""
+
+    path: str | None = None
+    from_teacher: Layers | None = None
+    from_config: dict[str, Any] | str | None = None
+    lora: dict[str, Any] | None = None
+    tokenizer: Literal["teacher"] | None = None
+
+    def model_post_init(self, _: Any) -> None:
+        given = [name for name in ("path", "from_teacher", "from_config") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of path, from_teacher, from_config; found {given or 'none'}")
+
+
+class Data(Strict):
+    train: Any = None
+    eval: Any = None
+    columns: dict[str, str] | None = None
+    template: str | None = None
+    train_on: Literal["assistant", "last"] = "assistant"
+    prompt_tokens: int | None = Field(None, ge=1)
+    max_length: int | None = Field(None, ge=2)
+    rows: int | None = Field(None, ge=1)
+
+
+class Sampling(Strict):
+    max_tokens: int = Field(128, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+
+
+class Divergence(Strict):
+    """`name` is an entry of DIVERGENCES or `module:function`; other keys than these are the divergence's own."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str = "forward_kl"
+    temperature: float = Field(1.0, gt=0)
+
+    def model_post_init(self, _: Any) -> None:
+        if ":" not in self.name and self.name not in DIVERGENCES:
+            raise ValueError(f"expected one of {', '.join(DIVERGENCES)}; found {self.name!r}{did_you_mean(self.name, DIVERGENCES)}")
+        params = self.params
+        allowed = {"jsd": {"beta", "normalize"}, "skew_forward_kl": {"skew"}, "skew_reverse_kl": {"skew"}}
+        wrong = [] if ":" in self.name else sorted(params.keys() - allowed.get(self.name, set()))
+        if wrong:
+            known = sorted(allowed.get(self.name, set())) or "no parameter"
+            raise ValueError(f"{self.name} takes {known}; found {wrong[0]!r}")
+        if self.name == "jsd" and not 0 < params.get("beta", 0.5) < 1:
+            raise ValueError(
+                f"expected 0 < beta < 1 for jsd; found {params['beta']}: at the ends it vanishes, use forward_kl (beta 0) or reverse_kl (beta 1)"
+            )
+        if "skew" in params and not 0 <= params["skew"] < 1:
+            raise ValueError(f"expected 0 <= skew < 1; found {params['skew']}")
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Evaluation(Strict):
+    """`steps`: evaluate every so many optimiser steps (0: at the end alone). `best`: the held-out number that picks the
+    checkpoint (`loss`, `forward_kl`, or a metric); with `steps: 0` the last weights are kept."""
+
+    metrics: list[str] = []
+    steps: int = Field(0, ge=0)
+    prompts: int = Field(200, ge=0)
+    seeds: int = Field(3, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    max_tokens: int | None = Field(None, ge=1)
+    best: str | None = None
+    rows: int = Field(200, ge=1)
+
+
+class Init(Strict):
+    """The start that the method goes on from: SFT with the recipe's own training settings under these overrides."""
+
+    method: Literal["sft"] = "sft"
+    training: dict[str, Any] = {}
+
+
+def _short_student(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _short_init(value: Any) -> Any:
+    return {"method": value} if isinstance(value, str) else value
+
+
+class Recipe(Strict):
+    """What every method needs. `Recipe.load` gives the class of the recipe's own `method`."""
+
+    method: str
+    teacher: str | None = None
+    student: Annotated[Student, BeforeValidator(_short_student)]
+    data: Data = Data()
+    sampling: Sampling = Sampling()
+    training: dict[str, Any] = {}
+    evaluation: Evaluation = Evaluation()
+    init: Annotated[Init | None, BeforeValidator(_short_init)] = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    teacher_precision: Literal["auto", "fp32", "bf16"] = "auto"
+    trust_remote_code: bool = False
+    seed: int = Field(0, ge=0)
+    output: str = "runs/limbeck"
+    methods: dict[str, dict[str, Any]] = {}
+
+    @field_validator("training")
+    @classmethod
+    def _training_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
+        known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+        for key in value:
+            if key in OWNED_TRAINING_KEYS:
+                raise ValueError(f"`{key}` is limbeck's: {OWNED_TRAINING_KEYS[key]}")
+            if key not in known:
+                raise ValueError(f"no argument of transformers.TrainingArguments is called {key!r}{did_you_mean(key, known)}")
+        return value
+
+    @staticmethod
+    def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+        """Reads a YAML file (or the name of a packaged recipe) and applies `key.sub=value` overrides.
+
+        Raises RecipeError: a missing file, broken YAML, an unknown key, a value out of range.
+        """
+        return Recipe.parse(apply_overrides(read_yaml(path), overrides or []), where=str(path))
+
+    @staticmethod
+    def parse(settings: dict[str, Any], where: str = "recipe") -> Recipe:
+        """Validates a plain dict by its `method`."""
+        method = settings.get("method")
+        if method not in RECIPES:
+            hint = did_you_mean(str(method), RECIPES)
+            raise RecipeError(f"{where}: method: expected one of {', '.join(RECIPES)}; found {method!r}{hint}")
+        try:
+            return RECIPES[method].model_validate(settings)
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {_first_error(error, RECIPES[method])}") from None
+
+    def settings(self) -> dict[str, Any]:
+        """The resolved recipe as a plain dict."""
+        return self.model_dump(mode="json")
+
+    def yaml(self) -> str:
+        return yaml.safe_dump(self.settings(), sort_keys=False, allow_unicode=True)
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.yaml())
+
+    def replaced(self, **changes: Any) -> Recipe:
+        """The same recipe with some keys replaced whole."""
+        return Recipe.parse({**self.model_dump(exclude_unset=True), "method": self.method, **changes})
+
+    def with_method(self, method: str, **changes: Any) -> Recipe:
+        """The same recipe for another method: keys that are this method's own are left out, `methods.<method>` goes on
+        top (its dicts are merged), then `changes`."""
+        if method not in RECIPES:
+            raise RecipeError(f"method: expected one of {', '.join(RECIPES)}; found {method!r}{did_you_mean(method, RECIPES)}")
+        settings = {key: value for key, value in self.model_dump(exclude_unset=True).items() if key in RECIPES[method].model_fields}
+        settings["method"] = method
+        merge(settings, self.methods.get(method, {}))
+        settings.pop("methods", None)
+        merge(settings, changes)
+        return Recipe.parse(settings, where=f"methods.{method}")
+
+
+class SFT(Recipe):
+    method: Literal["sft"] = "sft"
+
+
+class SeqKD(Recipe):
+    """The teacher's text is its mode (greedy), as the paper's beam approximates; `sampling.temperature` changes that."""
+
+    method: Literal["seqkd"] = "seqkd"
+    sampling: Sampling = Sampling(temperature=0.0)
+
+
+class KD(Recipe):
+    method: Literal["kd"] = "kd"
+    divergence: Divergence = Divergence()
+    cross_entropy_weight: float = Field(0.0, ge=0)
+
+
+class GKD(Recipe):
+    method: Literal["gkd"] = "gkd"
+    divergence: Divergence = Divergence(name="jsd", beta=0.5)  # pyright: ignore[reportCallIssue]
+    cross_entropy_weight: float = Field(0.0, ge=0)
+    lmbda: float = Field(1.0, ge=0, le=1)
+    lmbda_unit: Literal["sequence", "step"] = "sequence"
+    offline: Literal["dataset", "teacher"] = "dataset"
+
+
+RECIPES: dict[str, type[Recipe]] = {"sft": SFT, "seqkd": SeqKD, "kd": KD, "gkd": GKD}
+
+
+def did_you_mean(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A recipe file, or a packaged recipe by its bare name (`stories`, `stories.yaml`)."""
+    file = Path(path)
+    if not file.exists() and file.parent == Path("."):
+        file = PACKAGED / file.with_suffix(".yaml")
+    if not file.is_file():
+        packaged = sorted(recipe.stem for recipe in PACKAGED.glob("*.yaml"))
+        raise RecipeError(f"{path}: no such recipe; give a YAML file or a packaged one ({', '.join(packaged)}){did_you_mean(file.stem, packaged)}")
+    try:
+        settings = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{path}: expected `key: value` lines; found {type(settings).__name__}")
+    return settings
+
+
+def apply_overrides(settings: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`training.max_steps=100`: the value is YAML, so numbers, lists and null work."""
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"override {override!r}: expected key=value, as training.max_steps=100")
+        *parents, last = key.strip().split(".")
+        place = settings
+        for parent in parents:
+            inner = place.get(parent)
+            if isinstance(inner, str) and parent == "student":
+                inner = {"path": inner}
+            place[parent] = place = inner if isinstance(inner, dict) else {}
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RecipeError(f"override {override!r}: {value!r} is not a YAML value") from None
+    return settings
+
+
+def merge(settings: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Lays `changes` over `settings`, dict by dict; a divergence or a student is replaced whole."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(settings.get(key), dict) and key not in ("divergence", "student"):
+            merge(settings[key], value)
+        else:
+            settings[key] = value
+
+
+def _first_error(error: ValidationError, recipe: type[Recipe]) -> str:
+    """One line for the first mistake: where, what was expected, what was found."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        model: Any = recipe
+        for part in first["loc"][:-1]:
+            annotation = model.model_fields[part].annotation
+            inner = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+            model = inner[0]
+        hint = did_you_mean(str(first["loc"][-1]), model.model_fields) or f"; known keys: {', '.join(model.model_fields)}"
+        return f"{place}: no such key{hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    found = "" if first["type"] == "value_error" else f"; found {first['input']!r}"
+    return f"{place}: {message}{found}"

@@ -1,0 +1,256 @@
+"""From a recipe to the parts of a run, every check made before a weight is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from limbeck.data import Summary, read, render
+from limbeck.data.embedded import TEACHER
+from limbeck.decoding import Sampling
+from limbeck.errors import DataError, RecipeError
+from limbeck.methods import METHODS
+from limbeck.models import (
+    build_student,
+    check_head,
+    eos_tokens,
+    load_model,
+    load_tokenizer,
+    one_copy,
+    preflight,
+    probe_autocast,
+    set_vocabulary,
+)
+from limbeck.models.teaching import ADAPTERS
+from limbeck.objectives import OBJECTIVES
+from limbeck.recipe import Recipe
+from limbeck.sources import Mixed, Student, Teacher, dataset
+from limbeck.teachers import TextCache, default_folder, weights_hash
+from limbeck.types import Example, Objective, Source
+
+
+@dataclass
+class Parts:
+    """Everything a run is made of. `teacher` is a model, None, or ADAPTERS (see Trainer). `notes` are for the log."""
+
+    student: Any
+    tokenizer: Any
+    teacher: Any
+    train: list[Example]
+    held_out: list[Example]
+    summary: Summary
+    stop_tokens: tuple[int, ...]
+    autocast: torch.dtype | None
+    args: TrainingArguments
+    notes: list[str] = field(default_factory=list[str])
+
+
+
+def build(recipe: Recipe, *, student: Any = None, teacher: Any = None, rows: Any = None) -> Parts:
+    """Loads models and data and checks that they fit. `student` and `teacher` may be (model, tokenizer) in memory,
+    `rows` a data set in memory; each takes the place of what the recipe names.
+
+    Raises LimbeckError: RecipeError, DataError, ModelError, PreflightError.
+    """
+    args = training_arguments(recipe)
+    notes: list[str] = []
+    teacher_model, teacher_tokenizer = _teacher(recipe, args, teacher, notes)
+    student_model, tokenizer = _student(recipe, args, student, teacher_model, teacher_tokenizer)
+    if teacher_model is not None and _shares_weights(recipe):
+        teacher_model = ADAPTERS
+    elif teacher_model is not None:
+        vocabulary = preflight(student_model, tokenizer, teacher_model, teacher_tokenizer)
+        set_vocabulary(student_model, vocabulary)
+        set_vocabulary(teacher_model, vocabulary)
+    else:
+        check_head(student_model)
+    autocast = _autocast(recipe.precision, args, student_model, notes)
+    train, held_out, summary = _data(recipe, tokenizer, student_model, rows)
+    return Parts(
+        student=student_model,
+        tokenizer=tokenizer,
+        teacher=teacher_model,
+        train=train,
+        held_out=held_out,
+        summary=summary,
+        stop_tokens=eos_tokens(student_model, tokenizer),
+        autocast=autocast,
+        args=args,
+        notes=notes,
+    )
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """transformers' arguments from the recipe's `training`, with limbeck's defaults."""
+    steps = recipe.evaluation.steps
+    settings: dict[str, Any] = {
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_total_limit": 2,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **recipe.training,
+        "output_dir": str(Path(recipe.output) / "checkpoints"),
+        "seed": recipe.seed,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+    }
+    if steps:
+        best = recipe.evaluation.best or ("forward_kl" if recipe.teacher else "loss")
+        settings = {
+            "save_strategy": "steps",
+            "save_steps": steps,
+            **settings,
+            "eval_strategy": "steps",
+            "eval_steps": steps,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": f"eval_{best}",
+            "greater_is_better": best in recipe.evaluation.metrics,
+        }
+    try:
+        return TrainingArguments(**settings)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"training: {' '.join(str(error).split())}") from None
+
+
+def build_source(recipe: Recipe, parts: Parts) -> Source:
+    """Who writes, by the method's line in METHODS."""
+    name = METHODS[recipe.method].source
+    if name == "dataset":
+        return dataset
+    if name == "teacher":
+        return _writing_teacher(recipe, parts)
+    writer = Student(parts.student, _sampling(recipe, parts), parts.tokenizer)
+    offline = _writing_teacher(recipe, parts) if _own(recipe, "offline") == "teacher" else dataset
+    return Mixed(writer, offline, _own(recipe, "lmbda"), _own(recipe, "lmbda_unit"), recipe.seed)
+
+
+def build_objective(recipe: Recipe) -> Objective:
+    """What the student minimises, by the method's line in METHODS."""
+    objective = OBJECTIVES[METHODS[recipe.method].objective]
+    if METHODS[recipe.method].objective != "divergence":
+        return objective
+    divergence = _own(recipe, "divergence")
+    return partial(
+        objective,
+        name=divergence.name,
+        temperature=divergence.temperature,
+        cross_entropy_weight=_own(recipe, "cross_entropy_weight"),
+        **divergence.params,
+    )
+
+
+def teacher_path(name: str) -> str:
+    """`embedded` is the teacher that ships in the package."""
+    return str(TEACHER) if name == "embedded" else name
+
+
+def _own(recipe: Recipe, key: str) -> Any:
+    return getattr(recipe, key)
+
+
+def _sampling(recipe: Recipe, parts: Parts) -> Sampling:
+    return Sampling(seed=recipe.seed, stop_tokens=parts.stop_tokens, **recipe.sampling.model_dump())
+
+
+def _writing_teacher(recipe: Recipe, parts: Parts) -> Teacher:
+    sampling = _sampling(recipe, parts)
+    cache = TextCache(default_folder(), weights_hash(parts.teacher), sampling)
+    return Teacher(parts.teacher, sampling, parts.tokenizer, cache)
+
+
+def _teacher(recipe: Recipe, args: TrainingArguments, teacher: Any, notes: list[str]) -> tuple[Any, Any]:
+    """(model, tokenizer), or (None, None) where the recipe names no teacher and its method needs none."""
+    if teacher is not None:
+        model, tokenizer = teacher
+        return model.requires_grad_(False).eval(), tokenizer
+    needs = METHODS[recipe.method].signal != "none" or METHODS[recipe.method].source == "teacher"
+    if recipe.teacher is None:
+        if needs or recipe.student.from_teacher:
+            why = f"method {recipe.method}" if needs else "student.from_teacher"
+            raise RecipeError(f"teacher: {why} needs one; found none; set teacher=FOLDER or a hub id")
+        return None, None
+    path = teacher_path(recipe.teacher)
+    tokenizer = load_tokenizer(path, trust_remote_code=recipe.trust_remote_code)
+    dtype = torch.bfloat16 if recipe.teacher_precision == "bf16" else torch.float32
+    model = load_model(path, dtype=dtype, device=args.device, trust_remote_code=recipe.trust_remote_code)
+    if recipe.teacher_precision == "auto" and not _shares_weights(recipe):
+        probed, described = probe_autocast(args.device, model.config.get_text_config().hidden_size)
+        model = model.to(probed) if probed is not None else model
+        notes.append(f"teacher in {'bf16' if probed else 'fp32'} ({described})")
+    return model.requires_grad_(False), tokenizer
+
+
+def _shares_weights(recipe: Recipe) -> bool:
+    return recipe.teacher is not None and one_copy(_student_spec(recipe), teacher_path(recipe.teacher))
+
+
+def _student_spec(recipe: Recipe) -> dict[str, Any]:
+    spec = recipe.student.model_dump(exclude_none=True)
+    if "path" in spec:
+        spec["path"] = teacher_path(spec["path"])
+    return spec
+
+
+def _student(recipe: Recipe, args: TrainingArguments, student: Any, teacher: Any, teacher_tokenizer: Any) -> Any:
+    if student is not None:
+        return student
+    return build_student(
+        _student_spec(recipe),
+        teacher,
+        teacher_tokenizer,
+        dtype=torch.float32,
+        device=args.device,
+        seed=recipe.seed,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def _autocast(precision: str, args: TrainingArguments, student: Any, notes: list[str]) -> torch.dtype | None:
+    if precision != "auto":
+        notes.append(f"precision {precision}, as the recipe says")
+        return torch.bfloat16 if precision == "bf16" else None
+    dtype, described = probe_autocast(args.device, student.config.get_text_config().hidden_size)
+    notes.append(described)
+    return dtype
+
+
+def _data(recipe: Recipe, tokenizer: Any, model: Any, rows: Any) -> tuple[list[Example], list[Example], Summary]:
+    source = rows if rows is not None else recipe.data.train
+    if source is None:
+        raise RecipeError("data.train: expected a file, a hub id or a list of them; found none")
+    settings: dict[str, Any] = {
+        "template": recipe.data.template,
+        "train_on": recipe.data.train_on,
+        "context": getattr(model.config, "max_position_embeddings", None),
+        "max_length": recipe.data.max_length,
+        "prompt_tokens": recipe.data.prompt_tokens,
+    }
+    training = read(source, columns=recipe.data.columns)[: recipe.data.rows]
+    if recipe.data.eval is not None:
+        held_out = read(recipe.data.eval, columns=recipe.data.columns)
+    else:
+        count = min(max(len(training) // 20, 1), recipe.evaluation.rows)
+        training, held_out = training[:-count], training[-count:]
+        if not training:
+            raise DataError("data.train: expected more than one row, or data.eval; found one row: nothing is left to hold out")
+    train, summary = render(training, tokenizer, **settings)
+    _check_learnable(recipe, train)
+    return train, render(held_out, tokenizer, **settings)[0], summary
+
+
+def _check_learnable(recipe: Recipe, train: list[Example]) -> None:
+    """A method that trains on the data set's own text needs completions there."""
+    offline = METHODS[recipe.method].source == "dataset" or (
+        recipe.method == "gkd" and _own(recipe, "offline") == "dataset" and _own(recipe, "lmbda") < 1
+    )
+    if offline and not any(any(example.mask) for example in train):
+        raise DataError(
+            f"data.train: method {recipe.method} trains on the data set's completions; found prompts alone; "
+            "add completions, or use method=seqkd or gkd with lmbda=1"
+        )
