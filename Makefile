@@ -54,7 +54,7 @@ lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 # The linters come first: pytest's summary is the last thing printed. -rs names the tests that were not run, and why.
 test: lint

@@ -18,7 +18,7 @@ SPECIAL = ["<eos>", "<bos>", "<user>", "<assistant>", "<system>", "<end>"]
 
 def characters(**options: object) -> PreTrainedTokenizerFast:
     """One token a character: a = 6 ... z = 31, space 32, line break 33, ? . : 34 to 36; pad == eos == 0, no BOS."""
-    letters = "abcdefghijklmnopqrstuvwxyz \n?.:#"
+    letters = "abcdefghijklmnopqrstuvwxyz \n?.:#▁"
     vocabulary = {token: place for place, token in enumerate([*SPECIAL, *letters])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="#"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")

@@ -42,10 +42,11 @@ def test_collate_by_hand_where_pad_is_eos() -> None:
 
 
 def test_from_rows_to_a_batch_the_eos_stays_learnt(tiny: PreTrainedTokenizerFast) -> None:
-    assert tiny.pad_token_id == tiny.eos_token_id
+    pad = 0
+    assert tiny.pad_token_id == tiny.eos_token_id == pad
     found = examples([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "bcd"}], tiny)
-    batch = collate([dataset_rollout(example) for example in found], tiny.pad_token_id)
-    eos = batch["input_ids"] == tiny.eos_token_id
+    batch = collate([dataset_rollout(example) for example in found], pad)
+    eos = batch["input_ids"] == pad
     assert batch["learnt"][eos].tolist() == [True, False, False, True]
 
 

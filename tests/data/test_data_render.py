@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from limbeck.data import describe, examples, read, render
@@ -54,8 +56,6 @@ def test_prompt_alone_and_text_by_hand(tiny: PreTrainedTokenizerFast) -> None:
 
 
 def test_bos_once_where_the_tokenizer_adds_it(make_tokenizer: Callable[..., Any]) -> None:
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = make_tokenizer(bos_token="<bos>")
     assert one(tokenizer, {"prompt": "a", "completion": "b"}).tokens == [A, B, EOS]
     assert one(tokenizer, {"prompt": "", "completion": "b"}) == Example(
@@ -96,6 +96,20 @@ def test_stories_are_bos_tokens_eos(stories: PreTrainedTokenizerBase, shared: Pa
         assert example.tokens == [1, *stories(row["text"], add_special_tokens=False)["input_ids"], 1]
         assert example.mask == [False] + [True] * (len(example.tokens) - 1)
         assert example.prompt == [1]
+
+
+@pytest.mark.parametrize(
+    ("completion", "tokens"), [(" b", [38, B]), ("b", [B]), ("\nb", [LINE, B]), ("  b", [38, 38, B])]
+)
+def test_a_tokenizer_that_puts_a_space_before_texts_puts_none_inside(
+    make_tokenizer: Callable[..., Any], completion: str, tokens: list[int]
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    assert one(tokenizer, {"prompt": "a", "completion": completion}).tokens == [38, A, *tokens, EOS]
+    assert one(tokenizer, {"text": "a b"}).tokens == [38, A, 38, B, EOS]
 
 
 @pytest.mark.parametrize("texts", [("Once upon a time", " there was"), ("Tom said", "no.\nHe left"), ("A ", "cat")])

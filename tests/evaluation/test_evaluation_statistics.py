@@ -59,7 +59,7 @@ def test_weights_make_it_a_mean_over_tokens() -> None:
     found = mean_interval(values_P[None], weights=tokens_P)
     assert found.mean == pytest.approx(np.average(values_P, weights=tokens_P))
     expected = stats.bootstrap(
-        (values_P, tokens_P),
+        [values_P, tokens_P],
         lambda v, w, axis: (v * w).sum(axis) / w.sum(axis),
         paired=True,
         method="percentile",
@@ -124,7 +124,7 @@ def test_coverage_over_training_seeds() -> None:
         found["normal"].append((difference.difference - half, difference.difference + half))
         per_prompt_P = (a_SP - shared_SP).mean(0)
         half = stats.t.ppf(0.975, 19) * per_prompt_P.std(ddof=1) / 20**0.5
-        found["prompts only"].append((per_prompt_P.mean() - half, per_prompt_P.mean() + half))
+        found["prompts only"].append((float(per_prompt_P.mean() - half), float(per_prompt_P.mean() + half)))
     assert COVERED[0] <= share_covered(found["t"], truth) <= COVERED[1]
     assert share_covered(found["normal"], truth) < COVERED[0]
     assert share_covered(found["prompts only"], truth) < COVERED[0]

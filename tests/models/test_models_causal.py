@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,11 @@ def batch(rows: int = 3, length: int = 9, vocab: int = 96) -> dict[str, torch.Te
     attention_mask_BT[1, 6:] = 0
     learnt_BT = torch.rand(rows, length) < 0.5
     learnt_BT[:, 0] = False
-    return {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "learnt": learnt_BT & (attention_mask_BT > 0)}
+    return {
+        "input_ids": input_ids_BT,
+        "attention_mask": attention_mask_BT,
+        "learnt": learnt_BT & (attention_mask_BT > 0),
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -64,7 +69,9 @@ def test_gradients_through_the_head_are_the_models_own(family: str) -> None:
             hidden_BTH, head = hidden_and_head(model, data["input_ids"], data["attention_mask"])
             logits_NV = head_logits(hidden_BTH.flatten(0, 1), head)
         else:
-            logits_NV = model(**{k: data[k] for k in ("input_ids", "attention_mask")}, use_cache=False).logits.flatten(0, 1)
+            logits_NV = model(**{k: data[k] for k in ("input_ids", "attention_mask")}, use_cache=False).logits.flatten(
+                0, 1
+            )
         (logits_NV.log_softmax(-1)[:, 5] * torch.arange(len(logits_NV))).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, expected in gradients[1].items():
@@ -111,14 +118,15 @@ def test_only_the_last_hidden_state_is_kept() -> None:
 
 
 def test_an_unknown_family_fails_the_check_of_the_head() -> None:
-    class Doubled(LlamaForCausalLM):
+    class Scaled(LlamaForCausalLM):
         def forward(self, *args: object, **kwargs: object) -> object:  # pyright: ignore[reportIncompatibleMethodOverride]
-            output = super().forward(*args, **kwargs)  # pyright: ignore[reportArgumentType]
+            output: Any = super().forward(*args, **kwargs)  # pyright: ignore[reportArgumentType]
             output.logits = output.logits * 1.01
             return output
 
-    model = Doubled(tiny("llama").config)
-    with pytest.raises(ModelError, match="Doubled: expected the output head"):
+    config: Any = tiny("llama").config
+    model = Scaled(config)
+    with pytest.raises(ModelError, match="Scaled: expected the output head"):
         check_head(model)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from model_families import tiny
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from limbeck.models import completion_hidden
@@ -31,7 +33,7 @@ def rank_gradients(rank: int, wrapper: str, family: str, port: int) -> None:
     model, whole = tiny(family).train(), tiny(family).train()
     loss(whole, TOKENS).backward()
     if wrapper == "ddp":
-        wrapped: nn.Module = DistributedDataParallel(model)
+        wrapped: Any = DistributedDataParallel(model)
     else:
         for layer in model.model.layers:
             fully_shard(layer)
@@ -40,7 +42,7 @@ def rank_gradients(rank: int, wrapper: str, family: str, port: int) -> None:
     for name, expected in whole.named_parameters():
         found = model.get_parameter(name).grad
         assert found is not None and expected.grad is not None, name
-        full = found.full_tensor() if hasattr(found, "full_tensor") else found
+        full = found.full_tensor() if isinstance(found, DTensor) else found
         # Both wrappers average over the ranks.
         torch.testing.assert_close(2 * full, expected.grad, atol=1e-5 * float(expected.grad.abs().max() + 1), rtol=1e-4)
     dist.destroy_process_group()
@@ -53,4 +55,4 @@ def test_two_ranks_have_the_gradients_of_one(wrapper: str, family: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(rank_gradients, (wrapper, family, port), nprocs=2)  # raises where a rank does
+    spawn(rank_gradients, (wrapper, family, port), nprocs=2)  # raises where a rank does

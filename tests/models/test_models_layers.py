@@ -24,7 +24,9 @@ def skipping(model: PreTrainedModel, family: str, kept: list[int]) -> torch.Tens
     """Logits of the whole model with its other layers replaced by the identity: an oracle without any cutting."""
     layers = model.get_submodule(STACKS.get(family.split("_pro")[0], "model.layers"))
     hooks = [
-        layer.register_forward_hook(lambda _m, inputs, output: (inputs[0], *output[1:]) if isinstance(output, tuple) else inputs[0])
+        layer.register_forward_hook(
+            lambda _m, inputs, output: (inputs[0], *output[1:]) if isinstance(output, tuple) else inputs[0]
+        )
         for place, layer in enumerate(layers.children())
         if place not in kept
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_a_score_that_raises_names_the_prompt() -> None:
 
 
 def test_numbers_of_other_kinds_become_floats() -> None:
-    values = iter([True, np.float32(0.5), 2, np.int64(3)])
+    values: Iterator[Any] = iter([True, np.float32(0.5), 2, np.int64(3)])
     found = score(lambda completion, reference: next(values), ["a"] * 4, ["b"] * 4)
     assert found == [1.0, 0.5, 2.0, 3.0]
     assert all(type(value) is float for value in found)

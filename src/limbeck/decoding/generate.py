@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
 
 from limbeck.decoding.cache import SlotCache, View, check_attention_only, moved
 from limbeck.decoding.sampler import History, Sampling, draw, served_logits, stream_key, uniforms
 from limbeck.errors import RolloutError
+from limbeck.models import unwrap, vocabulary_rows
 
 _PREFILL_TOKENS = 16_384  # prompt tokens, padding included, in one forward
 _GROWTH = 64  # columns that the buffers grow by, at least
@@ -67,8 +67,8 @@ def generate(
     """
     if not prompts:
         return []
-    base = _unwrapped(policy)
-    vocabulary = _vocabulary(base)
+    base: Any = unwrap(policy)
+    vocabulary = vocabulary_rows(base) or base.get_input_embeddings().weight.shape[0]
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     _check_model(base)
     _check_sampling(sampling, tokenizer, vocabulary)
@@ -220,7 +220,7 @@ class _Writer:
             history = History(tokens_BT, columns_T >= first_B[:, None], columns_T >= start_B[:, None])
         served_BV = served_logits(logits_BV, sampling, history)
         if history is not None:
-            self._check_served(logits_BV, served_BV, rows)
+            self._check_served(served_BV, rows)
         if sampling.temperature == 0:
             tokens_B = served_BV.argmax(-1)
         else:
@@ -282,7 +282,7 @@ class _Writer:
             )
         self.done[row.place] = Completion(self.tokens_ST[slot, columns].tolist(), logprobs.tolist(), reason)
 
-    def _check_served(self, logits_BV: torch.Tensor, served_BV: torch.Tensor, rows: slice) -> None:
+    def _check_served(self, served_BV: torch.Tensor, rows: slice) -> None:
         """RolloutError where the penalties have left no token."""
         empty_B = (served_BV == -torch.inf).all(-1)
         if empty_B.any():
@@ -325,26 +325,6 @@ def _evaluating(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
         # take them, and they would get no gradient.
         if torch.is_autocast_enabled(device.type):
             torch.clear_autocast_cache()
-
-
-def _unwrapped(model: Any) -> Any:
-    """The causal language model inside wrappers for parallelism and adapters."""
-    while not isinstance(model, PreTrainedModel):
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif hasattr(model, "module"):
-            model = model.module
-        else:
-            raise RolloutError(
-                f"expected a causal language model of transformers, found {type(model).__name__}: load one"
-            )
-    return model
-
-
-def _vocabulary(base: Any) -> int:
-    """How many rows of the head are tokens: the rest is padding, which is never drawn."""
-    rows = getattr(base.config, "limbeck_rows", None)
-    return base.get_input_embeddings().weight.shape[0] if rows is None else rows
 
 
 def _check_model(base: Any) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.errors import ModelError
-from limbeck.models.causal import unwrap
+from limbeck.models.causal import eos_tokens, unwrap
 from limbeck.models.load import PathLike
 
 LORA_KEYS = ("r", "alpha", "dropout", "target_modules")
@@ -64,9 +64,14 @@ def adapters_off(model: nn.Module) -> Generator[PreTrainedModel]:
 
 
 def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: PathLike) -> None:
-    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load: adapters are merged into a copy of the weights."""
+    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load: adapters are merged into a copy of the weights.
+
+    Its generation config lists every id that ends a completion (`eos_tokens`), so that it stops where it was taught to.
+    """
     outer = _with_adapters(model)
     plain = unwrap(model) if outer is None else copy.deepcopy(outer).merge_and_unload(safe_merge=True)
+    ends = eos_tokens(model, tokenizer)
+    plain.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -181,4 +181,8 @@ def _one_line(expected: str) -> Generator[None]:
         raise ModelError(f"{expected}, found a broken safetensors file ({error}); copy or download it again") from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise ModelError(
+                f"{expected}, found one that brings its own code; if you trust it, set trust_remote_code: true"
+            ) from error
         raise ModelError(f"{expected}, found: {type(error).__name__}: {reason[:300]}") from error

@@ -18,7 +18,7 @@ _ORIGINS = ("path", "from_teacher", "from_config")
 
 
 def build_student(
-    spec: PathLike | PreTrainedModel | Mapping[str, Any],
+    spec: PathLike | Mapping[str, Any],
     teacher: PathLike | PreTrainedModel | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -32,8 +32,7 @@ def build_student(
     - `"path"` or `{"path": "path"}`: a model as `load_model` reads it; with `"tokenizer": "teacher"` beside it, the
       teacher's tokenizer, EOS and chat template stand in for its own (the ids of the same tokens must agree);
     - `{"from_teacher": {"layers": [0, 2, 4]}}`: those layers of the teacher (`cut_layers`);
-    - `{"from_config": {...} or "folder"}`: random weights drawn under `seed`, the teacher's tokenizer and vocabulary;
-    - a model in memory, as it is.
+    - `{"from_config": {...} or "folder"}`: random weights drawn under `seed`, the teacher's tokenizer and vocabulary.
 
     `"lora": {"r": 8, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear"}` beside any of them freezes the
     weights and trains adapters. If `path` is the teacher (`one_copy`), a teacher given as a model is wrapped itself, so
@@ -44,9 +43,7 @@ def build_student(
     wanted = _checked(spec)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if isinstance(spec, PreTrainedModel):
-            model, tokenizer = spec, teacher_tokenizer or _tokenizer_of(spec, None)
-        elif "from_config" in wanted:
+        if "from_config" in wanted:
             tokenizer = _tokenizer_of(teacher, teacher_tokenizer)
             model = _from_config(wanted["from_config"], tokenizer, dtype)
         elif "from_teacher" in wanted:
@@ -69,8 +66,6 @@ def build_student(
 
 
 def _checked(spec: Any) -> Mapping[str, Any]:
-    if isinstance(spec, PreTrainedModel):
-        return {}
     if isinstance(spec, str | Path):
         return {"path": spec}
     known = (*_ORIGINS, "lora", "tokenizer")

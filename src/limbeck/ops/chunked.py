@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from limbeck.ops.checks import check_request, check_shapes, find_divergence
 from limbeck.ops.statistics import STATS
@@ -216,10 +215,9 @@ class _LinearTerms(torch.autograd.Function):
         return columns["loss"], columns.get("divergence"), columns.get("nll"), *stats
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the decorator's type)
-        ctx: Any, *grad_outputs: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_terms has first derivatives only, found create_graph=True: use head_logits")
         loss_grad_N, divergence_grad_N, nll_grad_N = grad_outputs[:3]
         # Taken away, as what is returned may become somebody's `.grad`: a second backward sweeps again.
         gradients, ctx.gradients = cast("_Gradients | None", ctx.gradients), None

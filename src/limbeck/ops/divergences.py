@@ -38,7 +38,7 @@ def total_variation(student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor) ->
 
 
 def skew_forward_kl(student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor, *, skew: float = 0.1) -> Tensor:
-    """KL(P || skew P + (1 - skew) Q), at most -log(skew) (DistiLLM, arXiv:2402.03898, eq. 4).
+    """KL(P || skew P + (1 - skew) Q), at most -log(skew) (DistiLLM, arXiv:2402.03898).
 
     Raises ValueError unless 0 <= skew < 1.
     """

@@ -54,6 +54,7 @@ class Trainer(transformers.Trainer):
             model=model,
             args=args,
             train_dataset=examples,  # pyright: ignore[reportArgumentType]  (any sized sequence serves)
+            eval_dataset=examples if evaluator else None,  # pyright: ignore[reportArgumentType]  (`evaluate` is ours)
             data_collator=list,  # pyright: ignore[reportArgumentType]  (whole rows; rollouts are collated later)
             processing_class=tokenizer,
             callbacks=[*([budget] if budget else []), *(callbacks or [])],
