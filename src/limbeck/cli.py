@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+INTERRUPTED = 130
 
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="a recipe file, or the name of a packaged one")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="dotted overrides of the recipe")]
@@ -148,6 +149,7 @@ def main() -> None:
     except LimbeckError as error:
         Console(stderr=True).print(f"limbeck: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("limbeck: interrupted; `limbeck distill RECIPE.yaml --resume` goes on from the last checkpoint")
-        sys.exit(130)
+    except SystemExit as exit_:
+        if exit_.code == INTERRUPTED:
+            Console(stderr=True).print("limbeck: interrupted; --resume goes on from the last checkpoint, if one was saved")
+        raise

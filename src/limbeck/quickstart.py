@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from limbeck.data.embedded import TEACHER
+from limbeck.data.embedded import TEACHER, tokenizer
+from limbeck.models import build_student
 from limbeck.pipeline import compare, distill
 from limbeck.recipe import Recipe
 
@@ -23,8 +24,10 @@ def quickstart(out: Path, console: Console | None = None) -> Path:
 def rebuild_teacher(out: Path) -> Path:
     """Trains the embedded teacher by the packaged recipe `embedded-teacher` and puts it in the package."""
     recipe = Recipe.load("embedded-teacher", [f"output={out / 'embedded-teacher'}"])
-    run = distill(recipe)
+    student = build_student({"from_config": recipe.student.from_config}, None, tokenizer(), seed=recipe.seed)
+    run = distill(recipe, student=student)
     TEACHER.mkdir(parents=True, exist_ok=True)
     for path in run.student_path.iterdir():
-        shutil.copy(path, TEACHER / path.name)
+        if path.name != "README.md":
+            shutil.copy(path, TEACHER / path.name)
     return TEACHER

@@ -362,12 +362,12 @@ def test_gradient_checkpointing_keeps_the_cache():
     model = llama()
     expected = generate(model, [[5, 6, 7]], Sampling(10))
     model.train()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.config.use_cache = False
     with Forwards(model) as forwards:
         assert tokens_of(generate(model, [[5, 6, 7]], Sampling(10))) == tokens_of(expected)
     assert forwards.shapes == [(1, 3)] + [(1, 1)] * 9
-    assert model.is_gradient_checkpointing
+    assert model.is_activation_checkpointing
 
 
 def test_weights_train_after_a_rollout_in_the_same_autocast():

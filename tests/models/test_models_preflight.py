@@ -14,17 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from limbeck.errors import ModelError, PreflightError
 from limbeck.models import build_student, eos_tokens, load_model, load_tokenizer, preflight
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 
 
 @pytest.fixture(scope="module")
 def qwen(shared: Path) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(shared / "tokenizers" / "qwen2.5")
-    tokenizer.chat_template = CHATML
-    return tokenizer
+    return load_tokenizer(shared / "tokenizers" / "qwen2.5")
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +30,21 @@ def stories(shared: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(shared / "models" / "stories260k")
 
 
-def refused(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, rows: int = 512) -> str:
+@pytest.fixture(scope="module")
+def chat(stories: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    return changed(stories, CHAT, "</s>")
+
+
+def changed(tokenizer: PreTrainedTokenizerBase, template: str | None, eos: str) -> PreTrainedTokenizerBase:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template, other.eos_token = template, eos
+    return other
+
+
+def refused(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
     """The reason why a student with the tokenizer `one` does not fit a teacher with `other`."""
-    student, teacher = (tiny("llama", rows, hidden_size=8, intermediate_size=8) for _ in range(2))
     with pytest.raises(PreflightError) as caught:
-        preflight(student, one, teacher, other)
+        preflight(tiny("llama", 512), one, tiny("llama", 512), other)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -45,7 +53,7 @@ def test_padding_rows_of_one_family_are_not_a_difference(qwen: PreTrainedTokeniz
     """Qwen2.5: 151 936 rows up to 3B and 152 064 from 7B on, 151 665 tokens in both."""
     student = tiny("qwen2", 151_936, hidden_size=8, intermediate_size=8)
     teacher = tiny("qwen2", 152_064, hidden_size=16, intermediate_size=8)
-    assert preflight(student, qwen, teacher, copy.deepcopy(qwen)) == 151_665
+    assert preflight(student, qwen, teacher, qwen) == 151_665
 
 
 def test_rows_are_the_tokenizers_ids_and_no_more_than_either_head_has(stories: PreTrainedTokenizerBase) -> None:
@@ -72,16 +80,11 @@ def test_real_pairs(shared: Path) -> None:
 def test_other_vocabularies(qwen: PreTrainedTokenizerBase, shared: Path) -> None:
     gpt2 = load_tokenizer(shared / "tokenizers" / "gpt2")
     reason = refused(qwen, gpt2)
-    # Both begin with the same 256 bytes and differ in their merges from id 258 on.
-    ours, theirs = qwen.get_vocab(), gpt2.get_vocab()
-    first = min(
-        min(ours.get(t, 10**6), theirs.get(t, 10**6))
-        for t in ours.keys() | theirs.keys()
-        if ours.get(t) != theirs.get(t)
-    )
-    named = next(token for token in (*ours, *theirs) if f"first {token!r}:" in reason)
-    assert first in (ours.get(named), theirs.get(named))
     assert "151665 tokens in the student and 50257 in the teacher" in reason
+    # The teacher's first token that is another one in the student: both begin with the same bytes and merges.
+    ours = qwen.get_vocab()
+    first = next(token for token in gpt2.convert_ids_to_tokens(range(50_257)) if ours.get(token) != gpt2.vocab[token])
+    assert f"first {first!r}: id {ours[first]} in the student, {gpt2.vocab[first]} in the teacher" in reason
 
 
 def edited(
@@ -94,7 +97,7 @@ def edited(
     if swap is not None:
         vocabulary = values["model"]["vocab"]
         vocabulary[swap[0]], vocabulary[swap[1]] = vocabulary[swap[1]], vocabulary[swap[0]]
-    if merges:
+    else:
         values["model"]["merges"].reverse()
     file.write_text(json.dumps(values))
     return load_tokenizer(folder)
@@ -108,24 +111,20 @@ def test_the_same_strings_under_other_ids(stories: PreTrainedTokenizerBase, shar
 
 
 def test_one_vocabulary_but_another_way_to_cut(stories: PreTrainedTokenizerBase, shared: Path, tmp_path: Path) -> None:
-    reason = refused(edited(shared, tmp_path / "turned", merges=True), stories)
+    reason = refused(edited(shared, tmp_path / "turned"), stories)
     assert "one way to cut text into tokens" in reason
 
 
-def test_a_base_student_under_a_chat_teacher(qwen: PreTrainedTokenizerBase) -> None:
-    base = copy.deepcopy(qwen)
-    base.eos_token, base.chat_template = "<|endoftext|>", None
-    reason = refused(base, qwen, rows=151_936)
-    assert "'<|endoftext|>' (151643) in the student and '<|im_end|>' (151645) in the teacher" in reason
+def test_a_base_student_under_a_chat_teacher(stories: PreTrainedTokenizerBase, chat: PreTrainedTokenizerBase) -> None:
+    reason = refused(stories, chat)
+    assert "expected one EOS, found '<s>' (1) in the student and '</s>' (2) in the teacher" in reason
     assert "tokenizer: teacher" in reason
 
 
-def test_the_named_fix_makes_the_pair_fit(stories: PreTrainedTokenizerBase, shared: Path) -> None:
+def test_the_named_fix_makes_the_pair_fit(chat: PreTrainedTokenizerBase, shared: Path) -> None:
     """`student: {path: ..., tokenizer: teacher}` under a teacher with another EOS and a template."""
     folder = shared / "models" / "stories-xs-280k"
     teacher = load_model(shared / "models" / "stories260k")
-    chat = copy.deepcopy(stories)
-    chat.eos_token, chat.chat_template = "</s>", "{{ messages[-1]['content'] }}</s>"
     student, own = build_student({"path": str(folder)}, teacher, chat)
     with pytest.raises(PreflightError, match="expected one EOS"):
         preflight(student, own, teacher, chat)
@@ -134,19 +133,18 @@ def test_the_named_fix_makes_the_pair_fit(stories: PreTrainedTokenizerBase, shar
     assert eos_tokens(student, given) == (2,)
 
 
-def test_templates(qwen: PreTrainedTokenizerBase) -> None:
-    def with_template(template: str | None) -> PreTrainedTokenizerBase:
-        tokenizer = copy.deepcopy(qwen)
-        tokenizer.chat_template = template
-        return tokenizer
-
-    rows = 151_936
-    assert "found none in the student's" in refused(with_template(None), qwen, rows)
-    assert "found none in the teacher's" in refused(qwen, with_template(None), rows)
-    reason = refused(with_template(CHATML.replace("<|im_end|>", "<|object_ref_end|>")), qwen, rows)
-    assert "end of a chat turn, found '<|object_ref_end|>' (151647) in the student" in reason
-    reason = refused(with_template(CHATML.replace("assistant\n", "assistant: ")), qwen, rows)
-    assert "two: a short chat goes on as ': ' in the student's and '\\n' in the teacher's" in reason
+def test_templates(chat: PreTrainedTokenizerBase) -> None:
+    none = changed(chat, None, "</s>")
+    assert "found none in the student's" in refused(none, chat)
+    assert "found none in the teacher's" in refused(chat, none)
+    other_end = changed(chat, CHAT.replace("</s>", "<s>"), "</s>")
+    assert "end of a chat turn, found '<s>' (1) in the student and '</s>' (2) in the teacher" in refused(
+        other_end, chat
+    )
+    # Ends alike and differs in what stands before the answer alone.
+    other_start = changed(chat, CHAT.replace("<s>assistant: ", "<s>assistant\\n"), "</s>")
+    reason = refused(other_start, chat)
+    assert "goes on as '\\n' in the student's and ': ' in the teacher's" in reason
 
 
 def test_bos(stories: PreTrainedTokenizerBase) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 SRC = Path(__file__).resolve().parents[2] / "src"
 
-# The peak of a process is what the kernel counts (ru_maxrss, KiB), above what it was with the inputs in memory. A first
-# small call loads the libraries' code and workspaces.
+# The peak of a process is what the kernel counts (ru_maxrss, KiB), above what it was with the inputs in memory, which
+# are made in place so that this start is no peak itself. A first small call loads the libraries' code and workspaces.
 SCRIPT = """
 import resource, torch
 from limbeck.ops import linear_terms
@@ -21,8 +21,8 @@ from limbeck.types import Head, Hidden
 N, V, H, divergence, learn = {N}, {V}, {H}, {divergence!r}, {learn}
 
 def make(n, v):
-    head = Head((torch.randn(v, H) / H**0.5).requires_grad_(learn))
-    teacher = Head(torch.randn(v, H) / H**0.5) if divergence else None
+    head = Head(torch.randn(v, H).div_(H**0.5).requires_grad_(learn))
+    teacher = Head(torch.randn(v, H).div_(H**0.5)) if divergence else None
     return torch.randn(n, H, requires_grad=learn), head, torch.randn(n, H), teacher, torch.randint(0, v, (n,))
 
 def run(hidden, head, states, teacher, tokens):

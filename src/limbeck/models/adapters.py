@@ -70,8 +70,8 @@ def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
     """
     outer = _with_adapters(model)
     plain = unwrap(model) if outer is None else copy.deepcopy(outer).merge_and_unload(safe_merge=True)
-    ends = eos_tokens(model, tokenizer)
-    plain.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
+    ends = list(eos_tokens(model, tokenizer))
+    plain.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

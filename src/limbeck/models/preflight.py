@@ -66,7 +66,7 @@ def _same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:
         differing = [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]
-        token = min(differing, key=lambda token: min(ours.get(token, 1 << 60), theirs.get(token, 1 << 60)))
+        token = min(differing, key=lambda token: (theirs.get(token, len(theirs)), ours.get(token, len(ours)), token))
         raise PreflightError(
             f"expected one vocabulary, found {len(ours)} tokens in the student and {len(theirs)} in the teacher, "
             f"{len(differing)} of them different, first {token!r}: id {ours.get(token, 'none')} in the student, "
