@@ -29,8 +29,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIES = 2
-TEST_TIMEOUT_S = 120  # one test; hangs count as noticed
-PROCESS_TIMEOUT_S = 300
+TEST_TIMEOUT_S = 240  # one test; a hang counts as noticed
+PROCESS_TIMEOUT_S = 420
 SKIPPED_FOLDERS = (".git", ".venv", "runs", "dist", "build", "__pycache__", ".pytest_cache", ".ruff_cache")
 
 

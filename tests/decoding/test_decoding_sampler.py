@@ -83,12 +83,14 @@ def test_draw_never_takes_an_impossible_token(vocabulary: int):
     assert set(spread.tolist()) == set(possible)
 
 
-def test_draw_is_exact_where_float32_sums_would_not_be():
-    # 100 003 equal tokens: in float32 the running sum is off by many tokens.
-    vocabulary = 100_003
+def test_draw_reaches_tokens_that_float32_sums_would_lose():
+    # The last token has probability 2e-9: in float32 the sum is 1 before it.
+    logits = torch.tensor([[0.0, -20.0]]).expand(3, 2)
+    assert draw(logits, torch.tensor([1 - 3e-9, 1 - 1e-9, 1 - 2**-53], dtype=torch.float64)).tolist() == [0, 1, 1]
+    # And 100 003 equal ones are told apart.
     places = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    drawn = draw(torch.zeros(3, vocabulary), places)
-    assert (drawn - (places * vocabulary).floor().long()).abs().max() <= 1
+    drawn = draw(torch.zeros(3, 100_003), places)
+    assert (drawn - (places * 100_003).floor().long()).abs().max() <= 1
 
 
 def kept_by_a_loop(probs: list[float], top_k: int, top_p: float) -> set[int]:
@@ -172,10 +174,12 @@ def test_banned_ngrams_are_those_of_transformers(size: int):
 
 
 def test_ngrams_do_not_reach_into_the_padding():
-    # The padding holds the tokens that would complete a bigram: it is not text.
-    rows = [([3, 0, 5, 6, 7, 8], []), ([9], [3])]
-    served = served_logits(torch.zeros(2, 12), Sampling(9, temperature=0, no_repeat_ngram_size=2), history_of(rows))
-    assert (served[1] == 0).all()
+    # What stands in the padding is what an earlier row left there: 3 5 is no bigram of this row, 3 9 is.
+    tokens = torch.tensor([[3, 5, 3, 5, 3, 9, 3]])
+    real = torch.tensor([[False] * 4 + [True] * 3])
+    history = History(tokens, real, torch.zeros_like(real))
+    served = served_logits(torch.zeros(1, 12), Sampling(9, temperature=0, no_repeat_ngram_size=2), history)
+    assert (served[0] == -math.inf).nonzero()[:, 0].tolist() == [9]
 
 
 def check_against(processor: LogitsProcessor, sampling: Sampling) -> None:

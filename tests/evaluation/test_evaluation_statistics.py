@@ -120,7 +120,7 @@ def test_coverage_over_training_seeds() -> None:
         difference = paired_difference(a_SP, shared_SP)
         assert difference.low is not None and difference.high is not None
         found["t"].append((difference.low, difference.high))
-        half = (difference.high - difference.low) / 2 / stats.t.ppf(0.975, 2) * stats.norm.ppf(0.975)
+        half = (difference.high - difference.low) / 2 * float(stats.norm.ppf(0.975) / stats.t.ppf(0.975, 2))
         found["normal"].append((difference.difference - half, difference.difference + half))
         per_prompt_P = (a_SP - shared_SP).mean(0)
         half = stats.t.ppf(0.975, 19) * per_prompt_P.std(ddof=1) / 20**0.5

@@ -158,6 +158,7 @@ def test_padding_rows_of_the_vocabulary_survive_saving(tmp_path: Path) -> None:
             set_vocabulary(model, wrong)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_unwrapped() -> None:
     model = tiny("llama")
     assert unwrap(torch.compile(model)) is model  # pyright: ignore[reportArgumentType]

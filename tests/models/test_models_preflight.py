@@ -82,15 +82,13 @@ def test_other_vocabularies(qwen: PreTrainedTokenizerBase, shared: Path) -> None
     reason = refused(qwen, gpt2)
     assert "151665 tokens in the student and 50257 in the teacher" in reason
     # The teacher's first token that is another one in the student: both begin with the same bytes and merges.
-    ours = qwen.get_vocab()
-    first = next(token for token in gpt2.convert_ids_to_tokens(range(50_257)) if ours.get(token) != gpt2.vocab[token])
-    assert f"first {first!r}: id {ours[first]} in the student, {gpt2.vocab[first]} in the teacher" in reason
+    ours, theirs = qwen.get_vocab(), gpt2.get_vocab()
+    first = next(token for token in sorted(theirs, key=theirs.__getitem__) if ours.get(token) != theirs[token])
+    assert f"first {first!r}: id {ours[first]} in the student, {theirs[first]} in the teacher" in reason
 
 
-def edited(
-    shared: Path, folder: Path, swap: tuple[str, str] | None = None, merges: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of stories260k with the ids of two tokens exchanged, or with its merges (or scores) turned round."""
+def edited(shared: Path, folder: Path, swap: tuple[str, str] | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of stories260k with the ids of two tokens exchanged, or else with its merges turned round."""
     shutil.copytree(shared / "models" / "stories260k", folder)
     file = folder / "tokenizer.json"
     values = json.loads(file.read_text())
@@ -138,13 +136,11 @@ def test_templates(chat: PreTrainedTokenizerBase) -> None:
     assert "found none in the student's" in refused(none, chat)
     assert "found none in the teacher's" in refused(chat, none)
     other_end = changed(chat, CHAT.replace("</s>", "<s>"), "</s>")
-    assert "end of a chat turn, found '<s>' (1) in the student and '</s>' (2) in the teacher" in refused(
-        other_end, chat
-    )
+    reason = refused(other_end, chat)
+    assert "end of a chat turn, found '<s>' (1) in the student and '</s>' (2) in the teacher" in reason
     # Ends alike and differs in what stands before the answer alone.
-    other_start = changed(chat, CHAT.replace("<s>assistant: ", "<s>assistant\\n"), "</s>")
-    reason = refused(other_start, chat)
-    assert "goes on as '\\n' in the student's and ': ' in the teacher's" in reason
+    reason = refused(changed(chat, CHAT.replace("<s>assistant: ", "<s>assistant - "), "</s>"), chat)
+    assert "goes on as ' - ' in the student's and ': ' in the teacher's" in reason
 
 
 def test_bos(stories: PreTrainedTokenizerBase) -> None:

@@ -154,20 +154,23 @@ def render(
         found.append(Example(tokens[:limit], mask[:limit], start, row, index))
     if limit is not None:
         _check_room(found, limit, "data.max_length" if limit == max_length else "the model's context")
+    return found, _summary(found, kinds, limit, shortened, short_prompts)
+
+
+def _summary(found: list[Example], kinds: list[str], limit: int | None, shortened: int, short_prompts: int) -> Summary:
     lengths = [len(example.tokens) for example in found]
     learnt = [sum(example.mask[1:]) for example in found]
-    counts = Summary(
+    return Summary(
         kinds=dict(Counter(kinds)),
         rows=len(found),
         tokens=sum(lengths),
         learnt=sum(learnt),
-        longest=max(lengths, default=0),
+        longest=max(lengths),
         limit=limit,
         shortened=shortened,
         unlearnt=learnt.count(0),
         short_prompts=short_prompts,
     )
-    return found, counts
 
 
 def _check_room(found: list[Example], limit: int, name: str) -> None:

@@ -88,7 +88,7 @@ def generate(
     if batch_size is None:
         batch_size = 256 if sum(parameter.numel() for parameter in base.parameters()) < 100e6 else 64
     writer = _Writer(policy, base, rows, sampling, tokenizer, vocabulary, min(batch_size, len(rows)))
-    with _evaluating(policy, writer.device):
+    with _evaluating(policy):
         return writer.run()
 
 
@@ -311,7 +311,7 @@ class _Writer:
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode without gradients; each module's mode is as before afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -321,10 +321,6 @@ def _evaluating(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-        # Autocast keeps the weights it has cast, here without a graph: a training forward in the same context would
-        # take them, and they would get no gradient.
-        if torch.is_autocast_enabled(device.type):
-            torch.clear_autocast_cache()
 
 
 def _check_model(base: Any) -> None:

@@ -121,12 +121,13 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 def build_source(recipe: Recipe, parts: Parts) -> Source:
     """Who writes, by the method's line in METHODS."""
     name = METHODS[recipe.method].source
+    as_it_is = partial(dataset, stop_tokens=parts.stop_tokens)
     if name == "dataset":
-        return dataset
+        return as_it_is
     if name == "teacher":
         return _writing_teacher(recipe, parts)
     writer = Student(parts.student, _sampling(recipe, parts), parts.tokenizer)
-    offline = _writing_teacher(recipe, parts) if _own(recipe, "offline") == "teacher" else dataset
+    offline = _writing_teacher(recipe, parts) if _own(recipe, "offline") == "teacher" else as_it_is
     return Mixed(writer, offline, _own(recipe, "lmbda"), _own(recipe, "lmbda_unit"), recipe.seed)
 
 
@@ -234,6 +235,8 @@ def _data(recipe: Recipe, tokenizer: Any, model: Any, rows: Any) -> tuple[list[E
     training = read(source, columns=recipe.data.columns)[: recipe.data.rows]
     if recipe.data.eval is not None:
         held_out = read(recipe.data.eval, columns=recipe.data.columns)
+    elif isinstance(source, list) and recipe.data.train is source:
+        raise RecipeError("data.eval: expected one beside a mixture (its rows may repeat, so none can be held out); found none")
     else:
         count = min(max(len(training) // 20, 1), recipe.evaluation.rows)
         training, held_out = training[:-count], training[-count:]
