@@ -91,7 +91,7 @@ def test_embedded_worked_steps_are_right(splits: dict[str, list[dict[str, str]]]
 def test_embedded_sentences_tell_their_operator(sentence: str, operator: str) -> None:
     """Read by a person's words, not by the table: an addition names more, a subtraction less, a product times."""
     words = {
-        "+": r"more|finds|buys|gives \{n\} \{o\} to \{a\}|from \{b\}\.$|added",
+        "+": r"more|finds|buys|gives \{a\}|from \{b\}\.$|added",
         "-": r"fewer|loses|lost|sells|\{a\} gives|takes \{n\} \{o\} from \{a\}",
         "*": r"times|each of them",
     }

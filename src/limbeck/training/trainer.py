@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.distributed.fsdp import FSDPModule
 
 from limbeck.data import collate, micro_batches
 from limbeck.errors import TrainingError
@@ -126,8 +127,16 @@ class Trainer(transformers.Trainer):
         teacher = self._seconds["teacher"]
         with self._clock("student"):
             loss = super().training_step(*args, **kwargs)
+            self._reshard()
         self._seconds["student"] -= self._seconds["teacher"] - teacher
         return loss
+
+    def _reshard(self) -> None:
+        """The output head is used outside its module's forward, so FSDP2 leaves it gathered after the backward: the next
+        step and the checkpoint would take a stale copy."""
+        for module in self.model_wrapped.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def compute_loss(
         self,

@@ -42,7 +42,7 @@ CHANGES = {
     "+": (
         "{a} buys {n} more.",
         "{a} finds {n} more {o}.",
-        "{b} gives {n} {o} to {a}.",
+        "{b} gives {a} {n} {o}.",
         "{a} gets {n} {o} from {b}.",
         "Then {n} {o} are added.",
     ),
