@@ -46,6 +46,7 @@ def distill(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help="check everything, show one example and a forecast, train nothing")] = False,
     resume: Annotated[bool, typer.Option(help="go on from the newest whole checkpoint in `output`")] = False,
+    budget: Annotated[str | None, typer.Option(help="wall clock of training instead of max_steps: 90s, 10m, 1h")] = None,
 ) -> None:
     """One run: train, evaluate, report."""
     from limbeck import pipeline
@@ -56,7 +57,8 @@ def distill(
     if dry_run:
         check(loaded, console)
         return
-    run = pipeline.distill(loaded, resume=resume)
+    limit = pipeline.Limit.parse(budget=budget, steps=None, tokens=None) if budget else None
+    run = pipeline.distill(loaded, resume=resume, limit=limit)
     console.print(f"student  {run.student_path}\nreport   {run.report_path}")
 
 

@@ -82,7 +82,7 @@ def full_logprobs(model: PreTrainedModel, prompt: list[int], completion: list[in
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_writes_what_transformers_writes(family: str):
-    model = tiny(family)
+    model: Any = tiny(family)
     greedy = generate(model, PROMPTS, Sampling(12, temperature=0), batch_size=3)
     for prompt, completion in zip(PROMPTS, greedy, strict=True):
         inputs = torch.tensor([prompt])

@@ -226,7 +226,7 @@ def test_logprobs_are_raw_whatever_the_sampling(model: LlamaForCausalLM):
         assert completion.teacher_logprobs is None
 
 
-def test_penalties_see_the_prompt_and_the_completion(model: LlamaForCausalLM):
+def test_penalties_see_the_prompt_and_the_completion(model: Any):
     prompts = prompts_of(6)
     sampling = Sampling(16, temperature=0, repetition_penalty=1.4, no_repeat_ngram_size=3)
     model.generation_config.eos_token_id = None
@@ -382,8 +382,9 @@ def test_weights_train_after_a_rollout_in_the_same_autocast():
 
 @pytest.mark.parametrize("way", ["weights", "autocast"])
 def test_bfloat16(way: str):
-    model = llama()
-    reference = model.to(torch.bfloat16) if way == "weights" else model
+    reference: Any = llama()
+    if way == "weights":
+        reference = reference.to(torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=way == "autocast"):
         completions = generate(reference, prompts_of(9), Sampling(15), batch_size=4)
         for prompt, completion in zip(prompts_of(9), completions, strict=True):

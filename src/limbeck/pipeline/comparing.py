@@ -65,10 +65,7 @@ def compare(
 
 
 def _cell(recipe: Recipe, method: str, seed: int, limit: Limit, folder: Path) -> Recipe:
-    training = {} if limit.steps is None else {"max_steps": limit.steps}
-    if limit.seconds is not None or limit.tokens is not None:
-        training = {"max_steps": 10**6}
-    return recipe.with_method(method, seed=seed, training=training, output=str(folder / "runs" / f"{method}-seed{seed}"), init=None)
+    return recipe.with_method(method, seed=seed, training=limit.training(), output=str(folder / "runs" / f"{method}-seed{seed}"), init=None)
 
 
 def _start(recipe: Recipe, seed: int, folder: Path) -> Run:

@@ -59,6 +59,8 @@ def distill(
     Raises LimbeckError; nothing is trained before every check has passed.
     """
     recipe = _loaded(recipe)
+    if limit is not None:
+        recipe = recipe.replaced(training={**recipe.training, **limit.training()})
     folder = Path(recipe.output)
     _claim(folder, resume)
     if recipe.init is not None:

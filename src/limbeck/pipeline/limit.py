@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from limbeck.errors import RecipeError
 
+UNLIMITED = 10**6
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -27,6 +28,12 @@ class Limit:
         if any(value is not None and value < 1 for value in (steps, tokens)):
             raise RecipeError(f"{given[0]}: expected at least 1; found {steps if steps is not None else tokens}")
         return Limit(seconds=None if budget is None else _seconds(budget), steps=steps, tokens=tokens)
+
+    def training(self) -> dict[str, int]:
+        """What the limit changes in a recipe's `training`: seconds and tokens are watched, not counted in steps."""
+        if self.seconds is not None or self.tokens is not None:
+            return {"max_steps": UNLIMITED}
+        return {} if self.steps is None else {"max_steps": self.steps}
 
     def __str__(self) -> str:
         if self.seconds is not None:

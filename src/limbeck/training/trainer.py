@@ -29,6 +29,14 @@ from limbeck.types import Example, Hidden, Objective, Rollout, Source
 SIGNAL_STATS = ("forward_kl", "reverse_kl", "agreement", "entropy")
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """A forward without a backward leaves FSDP2's last group (final norm and output head) gathered: an optimiser made, or
+    a checkpoint written, after it would hold copies that training does not touch."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 class Trainer(transformers.Trainer):
     """`transformers.Trainer` with limbeck's source, signal and objective.
 
@@ -51,6 +59,7 @@ class Trainer(transformers.Trainer):
         budget: Budget | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
+        reshard(model)
         super().__init__(
             model=model,
             args=args,
@@ -127,16 +136,8 @@ class Trainer(transformers.Trainer):
         teacher = self._seconds["teacher"]
         with self._clock("student"):
             loss = super().training_step(*args, **kwargs)
-            self._reshard()
         self._seconds["student"] -= self._seconds["teacher"] - teacher
         return loss
-
-    def _reshard(self) -> None:
-        """The output head is used outside its module's forward, so FSDP2 leaves it gathered after the backward: the next
-        step and the checkpoint would take a stale copy."""
-        for module in self.model_wrapped.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
     def compute_loss(
         self,
@@ -240,6 +241,7 @@ class Trainer(transformers.Trainer):
         start = time.perf_counter()
         with self._precision():
             metrics = self.evaluator(self.model, self.state.global_step)
+        reshard(self.model)
         self.evaluation_seconds += time.perf_counter() - start
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
