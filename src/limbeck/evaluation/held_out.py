@@ -11,9 +11,10 @@ import torch
 
 from limbeck.data import collate, dataset_rollout
 from limbeck.errors import DataError
-from limbeck.models import adapters_off, completion_hidden
+from limbeck.models import completion_hidden
+from limbeck.models.teaching import ADAPTERS, teacher_hidden
 from limbeck.ops.chunked import linear_terms
-from limbeck.types import Example, Hidden, Rollout
+from limbeck.types import Example, Rollout
 
 BUCKETS = 32
 STATS = ("forward_kl", "reverse_kl", "agreement")
@@ -29,7 +30,7 @@ def held_out(
     Beside them `tokens` (their number), `per_example` {name: [one mean an example], "tokens": [...]} for paired
     intervals weighted by tokens, and with a teacher `divergence_by_position` (see `by_position`).
 
-    `teacher` is a model, "adapters" (the student with its LoRA adapters off, also where the teacher is that same LoRA
+    `teacher` is a model, ADAPTERS (the student with its LoRA adapters off, also where the teacher is that same LoRA
     model) or None. A batch holds at most `batch_tokens` tokens, padding included (one row at least); both models run in
     eval mode under the caller's autocast. Raises DataError where nothing is learnt.
     """
@@ -63,12 +64,7 @@ def held_out(
 def _columns(student: Any, teacher: Any, batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Per learnt token, row by row, in float64: loss and, with a teacher, STATS."""
     hidden_NH, tokens_N, head = completion_hidden(student, batch)
-    signal = None
-    if teacher is not None:
-        alone = teacher == "adapters"
-        with adapters_off(student) if alone else nullcontext():
-            teacher_hidden_NG, _, teacher_head = completion_hidden(student if alone else teacher, batch)
-        signal = Hidden(teacher_hidden_NG, teacher_head)
+    signal = None if teacher is None else teacher_hidden(teacher, student, batch)
     terms = linear_terms(hidden_NH, head, signal, tokens_N, stats=STATS if signal is not None else ())
     return {name: values_N.double().cpu().numpy() for name, values_N in {"loss": terms.loss_N, **terms.stats}.items()}
 

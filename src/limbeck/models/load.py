@@ -121,8 +121,8 @@ def move(model: PreTrainedModel, device: torch.device | str | None) -> PreTraine
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """`model` with its weights in `dtype`, in place. `model.to(dtype)` would round the rotary frequencies too, which
-    `from_pretrained` keeps in float32: far positions would then be wrong."""
+    """`model` with its weights in `dtype`, in place: what `load_model(..., dtype=dtype)` gives. `model.to(dtype)` would
+    round buffers too, the rotary frequencies among them, which `from_pretrained` keeps in float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype

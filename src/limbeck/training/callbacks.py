@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from limbeck.training.checkpoints import trim_log
@@ -62,38 +62,6 @@ class RunLog(TrainerCallback):
             file.write(json.dumps(row) + "\n")
 
 
-class Bar(TrainerCallback):
-    """A progress bar with the numbers that matter and the time left."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self.task: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self.task = self.progress.add_task(self.label, total=state.max_steps, completed=state.global_step, numbers="")
-            self.progress.start()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if self.task is not None and logs and "loss" in logs:
-            numbers = "  ".join(form.format(logs[name]) for name, form in SHOWN.items() if name in logs)
-            self.progress.update(self.task, completed=state.global_step, numbers=numbers)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self.progress.stop()
-
-
 class Budget(TrainerCallback):
     """Stops a run after so many seconds of training (evaluation apart) or so many trained tokens.
 
@@ -121,3 +89,40 @@ class Budget(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.fraction() >= 1:
             control.should_training_stop = True
+
+
+class Bar(TrainerCallback):
+    """A progress bar with the numbers that matter and the time left."""
+
+    def __init__(self, label: str, budget: Budget | None = None) -> None:
+        self.label = label
+        self.budget = budget
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.task: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.task = self.progress.add_task(self.label, total=1.0, completed=self._done(state), numbers="")
+            self.progress.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.task is not None and logs and "loss" in logs:
+            numbers = "  ".join(form.format(logs[name]) for name, form in SHOWN.items() if name in logs)
+            numbers = f"step {state.global_step}  {numbers}"
+            self.progress.update(self.task, completed=self._done(state), numbers=numbers)
+
+    def _done(self, state: Any) -> float:
+        return self.budget.fraction() if self.budget else state.global_step / max(state.max_steps, 1)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.progress.stop()

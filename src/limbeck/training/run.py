@@ -29,7 +29,7 @@ def train(
     """Trains `parts.student` in place. Returns the trainer and the seconds that training took, evaluation apart."""
     source = build_source(recipe, parts)
     log = RunLog(folder, parts.tokenizer)
-    bar = Bar(METHODS[recipe.method].label)
+    bar = Bar(METHODS[recipe.method].label, budget)
     trainer = Trainer(
         model=parts.student,
         args=parts.args,

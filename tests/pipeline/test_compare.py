@@ -1,0 +1,106 @@
+"""compare: one start, cells that are not run again, pairs, files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from limbeck.errors import RecipeError
+from limbeck.pipeline import Limit, compare, evaluate_folder
+from limbeck.recipe import Recipe
+
+QUIET = Console(quiet=True)
+
+
+def recipe(folder: Path, **changes: Any) -> Recipe:
+    settings = {
+        "method": "gkd",
+        "teacher": "embedded",
+        "student": {"from_teacher": {"layers": [0, 3]}},
+        "data": {"train": "embedded:train:16", "eval": "embedded:eval:6"},
+        "sampling": {"max_tokens": 8},
+        "init": {"training": {"max_steps": 2}},
+        "training": {"max_steps": 3, "per_device_train_batch_size": 4, "save_strategy": "no"},
+        "evaluation": {"metrics": ["accuracy"], "prompts": 4, "rows": 4},
+        "precision": "fp32",
+        "teacher_precision": "fp32",
+        "output": str(folder),
+        **changes,
+    }
+    return Recipe.parse(settings)
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("*/*/metrics.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    return compare(recipe(folder), methods=["sft", "gkd"], limit=Limit(steps=2), seeds=[0, 1], console=QUIET)
+
+
+def test_a_comparison_leaves_table_pairs_numbers_and_report(done: Path) -> None:
+    comparison = json.loads((done / "comparison.json").read_text())
+    assert [row["method"] for row in comparison["table"]] == ["teacher", "start", "sft", "gkd"]
+    assert all(row["steps"] == 2 for row in comparison["table"][2:])
+    main = [pair for pair in comparison["pairs"] if pair["metric"] == "accuracy"]
+    (pair,) = main
+    means = {row["method"]: row["metrics"]["accuracy"]["mean"] for row in comparison["table"]}
+    assert (pair["a"], pair["b"]) == ("gkd", "sft")
+    assert pair["difference"] == pytest.approx(means["gkd"] - means["sft"])
+    with (done / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["study", "method", "seed", "metric", "value", "seconds", "command", "commit"]
+    assert {(row["method"], row["seed"]) for row in rows} == {
+        ("teacher", ""),
+        *((method, seed) for method in ("start", "sft", "gkd") for seed in ("0", "1")),
+    }
+    assert "GKD" in (done / "report.html").read_text()
+
+
+def test_all_methods_of_a_seed_begin_where_its_start_ended(done: Path) -> None:
+    runs = {path.parent.name: json.loads(path.read_text()) for path in done.glob("runs/*/evaluation.json")}
+    for seed in (0, 1):
+        assert runs[f"sft-seed{seed}"]["before"] == runs[f"gkd-seed{seed}"]["before"]
+    assert runs["sft-seed0"]["before"] != runs["sft-seed1"]["before"]
+
+
+def test_cells_that_are_done_are_not_run_again(done: Path) -> None:
+    before = stamps(done)
+    compare(recipe(done), methods=["sft", "gkd"], limit=Limit(steps=2), seeds=[0, 1], console=QUIET)
+    assert stamps(done) == before
+    compare(recipe(done, methods={"gkd": {"lmbda": 0.5}}), methods=["sft", "gkd"], limit=Limit(steps=2), seeds=[0, 1], console=QUIET)
+    changed = {name for name, stamp in stamps(done).items() if before.get(name) != stamp}
+    assert changed == {"runs/gkd-seed0/metrics.jsonl", "runs/gkd-seed1/metrics.jsonl"}
+
+
+def test_the_student_folder_loads_with_transformers(done: Path) -> None:
+    folder = done / "runs" / "gkd-seed0" / "student"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("Tom has 3 apples.", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+    assert "GKD" in (folder / "README.md").read_text()
+
+
+def test_evaluate_prints_what_the_run_measured(done: Path) -> None:
+    folder = done / "runs" / "sft-seed0"
+    numbers = evaluate_folder(
+        folder / "student", "embedded:eval:4", metrics=["accuracy"], seeds=3, teacher="embedded", max_tokens=8, console=QUIET
+    )
+    kept = json.loads((folder / "evaluation.json").read_text())["metrics"]
+    for name in ("accuracy", "accuracy_greedy", "forward_kl", "loss"):
+        assert numbers[name]["mean"] == pytest.approx(kept[name]["mean"], rel=1e-5), name
+
+
+def test_an_unknown_method_and_two_budgets(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="did you mean 'seqkd'"):
+        compare(recipe(tmp_path), methods=["seqdk"], seeds=[0], console=QUIET)
+    with pytest.raises(RecipeError, match="one budget"):
+        Limit.parse(budget="3m", steps=5, tokens=None)

@@ -1,0 +1,155 @@
+"""The order of rows, budgets, what stops a run, and what is logged."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from limbeck.errors import RecipeError, TrainingError
+from limbeck.pipeline import Limit, distill
+from limbeck.training import build
+from limbeck.training.build import build_objective, training_arguments
+from limbeck.training.order import EpochOrder
+
+
+def metrics(folder: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_epoch_has_every_row_once_in_another_order() -> None:
+    order = EpochOrder(50, seed=1)
+    epochs: list[list[int]] = []
+    for epoch in range(3):
+        order.set_epoch(epoch)
+        epochs.append(list(order))
+    assert all(sorted(rows) == list(range(50)) for rows in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert list(EpochOrder(50, seed=2)) != epochs[0]
+    assert order.rows(40, 120) == (epochs[0] + epochs[1] + epochs[2])[40:120]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_upcoming_names_the_rows_that_training_draws(recipe: Any, accumulation: int) -> None:
+    """Over an epoch's end; a partial last step of an epoch is a step of its own, so whole epochs are used here."""
+    from limbeck.training.build import build_source
+    from limbeck.training.trainer import Trainer
+
+    drawn: list[list[int]] = []
+    training = {"max_steps": 4, "gradient_accumulation_steps": accumulation, "save_strategy": "no"}
+    made = recipe("sft", training=training)
+    parts = build(made)
+    source = build_source(made, parts)
+    seen: list[list[int]] = []
+
+    def watching(examples: Any, step: int) -> Any:
+        drawn.append([example.index for example in examples])
+        seen.append([example.index for example in trainer.upcoming(step, 1)])
+        return source(examples, step)
+
+    trainer = Trainer(
+        model=parts.student,
+        args=parts.args,
+        examples=parts.train,
+        source=watching,
+        objective=build_objective(made),
+        tokenizer=parts.tokenizer,
+    )
+    trainer.train()
+    assert drawn == seen
+    assert len(drawn) == 4
+
+
+def test_a_budget_of_tokens_ends_the_run_and_the_learning_rate_follows_it(recipe: Any) -> None:
+    run = distill(recipe("sft", training={"save_strategy": "no"}), limit=Limit(tokens=700), quiet=True, report=False)
+    rows = metrics(run.folder)
+    trained = [row["completion_tokens"] * 4 for row in rows]
+    assert sum(trained) >= 700 > sum(trained[:-1])
+    rates = [row["learning_rate"] for row in rows]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.5 * rates[0]
+
+
+def test_a_budget_of_seconds_ends_the_run(recipe: Any) -> None:
+    run = distill(recipe("sft", training={"save_strategy": "no"}), limit=Limit(seconds=1.0), quiet=True, report=False)
+    assert 1.0 <= run.metrics["seconds"] < 6.0
+
+
+@pytest.mark.parametrize("text", ["10", "m", "-3s", "0s"])
+def test_a_budget_that_is_no_time(text: str) -> None:
+    with pytest.raises(RecipeError, match="90s"):
+        Limit.parse(budget=text, steps=None, tokens=None)
+
+
+def test_a_nan_stops_the_run_naming_step_and_rows(recipe: Any) -> None:
+    training = {"learning_rate": 1e30, "max_grad_norm": 0.0, "save_strategy": "no"}
+    with pytest.raises(TrainingError, match=r"step 2: expected a finite loss.*rows \["):
+        distill(recipe("sft", training=training), quiet=True, report=False)
+
+
+def test_every_step_logs_what_was_promised(recipe: Any) -> None:
+    run = distill(recipe("gkd", lmbda=0.5), quiet=True, report=False)
+    rows = metrics(run.folder)
+    wanted = {"loss", "divergence", "cross_entropy", "forward_kl", "reverse_kl", "agreement", "student_entropy"}
+    wanted |= {"completion_tokens", "length_limit_share", "student_share", "rollout_s", "teacher_s", "student_s"}
+    wanted |= {"tokens_per_s", "learning_rate", "grad_norm"}
+    for row in rows:
+        assert wanted <= row.keys()
+        assert row["divergence"] == pytest.approx(row["loss"], rel=1e-5)
+        assert 0 <= row["agreement"] <= 1
+    assert 0 < sum(row["student_share"] for row in rows) < len(rows)
+    samples = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
+    assert {row["writer"] for row in samples} <= {"student", "dataset"}
+
+
+def test_divergence_temperature_is_not_the_sampling_temperature(recipe: Any) -> None:
+    made = recipe("gkd", divergence={"name": "jsd", "beta": 0.3, "temperature": 2.0}, sampling={"temperature": 0.7})
+    assert build_objective(made).keywords == {  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
+        "name": "jsd",
+        "temperature": 2.0,
+        "cross_entropy_weight": 0.0,
+        "beta": 0.3,
+    }
+
+
+def test_a_lora_student_on_its_teacher_is_one_copy_and_trains(recipe: Any) -> None:
+    made = recipe("kd", student={"path": "embedded", "lora": {"r": 4}})
+    parts = build(made)
+    bases = {parameter.data_ptr() for name, parameter in parts.student.named_parameters() if "lora" not in name}
+    assert parts.teacher == "adapters"
+    trained = [name for name, parameter in parts.student.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora" in name for name in trained)
+    assert len(bases) == len({name for name, _ in parts.student.named_parameters() if "lora" not in name})
+    run = distill(made, quiet=True, report=False)
+    assert metrics(run.folder)[0]["forward_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert run.metrics["metrics"]["forward_kl"]["mean"] >= 0
+
+
+def test_unsaved_arguments_of_transformers_pass_through(recipe: Any) -> None:
+    args = training_arguments(recipe(training={"report_to": "none", "optim": "adafactor", "weight_decay": 0.25}))
+    assert (args.optim, args.weight_decay) == ("adafactor", 0.25)
+    with pytest.raises(RecipeError, match="training"):
+        training_arguments(recipe(training={"lr_scheduler_type": "nonsense"}))
+
+
+def test_mixtures_need_a_held_out_set_of_their_own(recipe: Any) -> None:
+    parts = [{"path": "embedded:train:8", "weight": 1}, {"path": "embedded:eval:4", "weight": 1}]
+    with pytest.raises(RecipeError, match=r"data\.eval"):
+        build(recipe("sft", data={"train": parts}))
+
+
+def test_data_and_models_in_memory(recipe: Any) -> None:
+    from limbeck.data.embedded import TEACHER, rows
+    from limbeck.models import load_model, load_tokenizer
+
+    made = recipe("kd", data={}, teacher=None, student="nowhere")
+    tokenizer = load_tokenizer(TEACHER)
+    student, teacher = load_model(TEACHER), load_model(TEACHER)
+    torch.nn.init.normal_(student.get_output_embeddings().weight)
+    run = distill(
+        made, student=(student, tokenizer), teacher=(teacher, tokenizer), dataset=rows("train", 24), quiet=True, report=False
+    )
+    assert run.metrics["metrics"]["forward_kl"]["mean"] < run.metrics["before"]["forward_kl"]["mean"]
