@@ -81,6 +81,7 @@ def test_every_packaged_recipe_parses_and_trains_tiny(name: str, tmp_path: Path)
         "data.train=embedded:train:8",
         "data.eval=embedded:eval:4",
         "data.template=null",
+        "data.prompt_tokens=null",
         "data.max_length=128",
         "sampling.max_tokens=4",
         "evaluation.prompts=2",
