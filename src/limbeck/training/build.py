@@ -17,6 +17,7 @@ from limbeck.errors import DataError, RecipeError
 from limbeck.methods import METHODS
 from limbeck.models import (
     build_student,
+    cast,
     check_head,
     eos_tokens,
     load_model,
@@ -182,7 +183,7 @@ def _teacher(recipe: Recipe, args: TrainingArguments, teacher: Any, notes: list[
     model = load_model(path, dtype=dtype, device=args.device, trust_remote_code=recipe.trust_remote_code)
     if recipe.teacher_precision == "auto" and not _shares_weights(recipe):
         probed, described = probe_autocast(args.device, model.config.get_text_config().hidden_size)
-        model = model.to(probed) if probed is not None else model
+        model = cast(model, probed) if probed is not None else model
         notes.append(f"teacher in {'bf16' if probed else 'fp32'} ({described})")
     return model.requires_grad_(False), tokenizer
 
