@@ -44,9 +44,13 @@ def quickstart(
 def distill(
     recipe: RecipeArg,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option(help="check everything, show one example and a forecast, train nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="check everything, show one example and a forecast, train nothing")
+    ] = False,
     resume: Annotated[bool, typer.Option(help="go on from the newest whole checkpoint in `output`")] = False,
-    budget: Annotated[str | None, typer.Option(help="wall clock of training instead of max_steps: 90s, 10m, 1h")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="wall clock of training instead of max_steps: 90s, 10m, 1h")
+    ] = None,
 ) -> None:
     """One run: train, evaluate, report."""
     from limbeck import pipeline
@@ -90,7 +94,9 @@ def evaluate(
     teacher: Annotated[str | None, typer.Option(help="adds forward and reverse KL to this teacher")] = None,
     prompts: Annotated[int, typer.Option(help="how many rows")] = 200,
     max_tokens: int = 128,
-    template: Annotated[str | None, typer.Option(help="`chat` renders the rows by the tokenizer's chat template")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="`chat` renders the rows by the tokenizer's chat template")
+    ] = None,
 ) -> None:
     """Fixed prompts, fixed seeds: metrics with intervals, loss on the reference text, speed."""
     from limbeck import pipeline
@@ -128,7 +134,9 @@ def methods() -> None:
 
 
 @app.command()
-def doctor(recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE.yaml]")] = None, overrides: Overrides = None) -> None:
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE.yaml]")] = None, overrides: Overrides = None
+) -> None:
     """This machine; and for a recipe: tokenizers, EOS, templates, memory forecast, seconds per step."""
     from limbeck.doctor import machine, run_doctor
     from limbeck.recipe import Recipe
@@ -153,5 +161,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as exit_:
         if exit_.code == INTERRUPTED:
-            Console(stderr=True).print("limbeck: interrupted; --resume goes on from the last checkpoint, if one was saved")
+            Console(stderr=True).print(
+                "limbeck: interrupted; --resume goes on from the last checkpoint, if one was saved"
+            )
         raise

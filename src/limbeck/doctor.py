@@ -97,7 +97,10 @@ def teacher_mass(parts: Parts) -> float:
     rollouts = [dataset_rollout(example) for example in parts.held_out[:10] if any(example.mask)]
     if not rollouts:
         return float("nan")
-    batch = {name: tensor.to(parts.student.device) for name, tensor in collate(rollouts, parts.tokenizer.pad_token_id).items()}
+    batch = {
+        name: tensor.to(parts.student.device)
+        for name, tensor in collate(rollouts, parts.tokenizer.pad_token_id).items()
+    }
     hidden_NH, _, head = completion_hidden(parts.student, batch)
     signal = teacher_hidden(parts.teacher, parts.student, batch)
     top_NK = head_logits(hidden_NH, head).topk(min(TOP, head.size), dim=-1).indices

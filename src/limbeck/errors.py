@@ -13,6 +13,11 @@
 A message says what was expected, what was found, and the fix.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class LimbeckError(Exception):
     """The root: the command line prints its message on one line and exits with code 2."""
@@ -48,3 +53,9 @@ class TrainingError(LimbeckError):
 
 class CheckpointError(LimbeckError):
     """A checkpoint that cannot be written or read."""
+
+
+def did_you_mean(word: object, known: Iterable[object]) -> str:
+    """`; did you mean 'X'?` for the closest known word, or nothing: the end of a message."""
+    close = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

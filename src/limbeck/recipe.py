@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from transformers import TrainingArguments
 
-from limbeck.errors import RecipeError
+from limbeck.errors import RecipeError, did_you_mean
 from limbeck.ops.divergences import DIVERGENCES
 
 PACKAGED = Path(__file__).parent / "recipes"
@@ -41,7 +40,10 @@ class Layers(Strict):
 
 
 class Student(Strict):
-    """Exactly one of `path`, `from_teacher`, `from_config`; `lora` may stand beside any of them, and `tokenizer: teacher` beside a path."""
+    """Exactly one of `path`, `from_teacher`, `from_config`.
+
+    `lora` may stand beside any of them, `tokenizer: teacher` beside a path.
+    """
 
     path: str | None = None
     from_teacher: Layers | None = None
@@ -82,7 +84,9 @@ class Divergence(Strict):
 
     def model_post_init(self, _: Any) -> None:
         if ":" not in self.name and self.name not in DIVERGENCES:
-            raise ValueError(f"expected one of {', '.join(DIVERGENCES)}; found {self.name!r}{did_you_mean(self.name, DIVERGENCES)}")
+            raise ValueError(
+                f"expected one of {', '.join(DIVERGENCES)}; found {self.name!r}{did_you_mean(self.name, DIVERGENCES)}"
+            )
         params = self.params
         allowed = {"jsd": {"beta", "normalize"}, "skew_forward_kl": {"skew"}, "skew_reverse_kl": {"skew"}}
         wrong = [] if ":" in self.name else sorted(params.keys() - allowed.get(self.name, set()))
@@ -91,7 +95,8 @@ class Divergence(Strict):
             raise ValueError(f"{self.name} takes {known}; found {wrong[0]!r}")
         if self.name == "jsd" and not 0 < params.get("beta", 0.5) < 1:
             raise ValueError(
-                f"expected 0 < beta < 1 for jsd; found {params['beta']}: at the ends it vanishes, use forward_kl (beta 0) or reverse_kl (beta 1)"
+                f"expected 0 < beta < 1 for jsd; found {params['beta']}: at the ends it vanishes, "
+                "use forward_kl (beta 0) or reverse_kl (beta 1)"
             )
         if "skew" in params and not 0 <= params["skew"] < 1:
             raise ValueError(f"expected 0 <= skew < 1; found {params['skew']}")
@@ -156,7 +161,9 @@ class Recipe(Strict):
             if key in OWNED_TRAINING_KEYS:
                 raise ValueError(f"`{key}` is limbeck's: {OWNED_TRAINING_KEYS[key]}")
             if key not in known:
-                raise ValueError(f"no argument of transformers.TrainingArguments is called {key!r}{did_you_mean(key, known)}")
+                raise ValueError(
+                    f"no argument of transformers.TrainingArguments is called {key!r}{did_you_mean(key, known)}"
+                )
         return value
 
     @staticmethod
@@ -197,8 +204,14 @@ class Recipe(Strict):
         """The same recipe for another method: keys that are this method's own are left out, `methods.<method>` goes on
         top (its dicts are merged), then `changes`."""
         if method not in RECIPES:
-            raise RecipeError(f"method: expected one of {', '.join(RECIPES)}; found {method!r}{did_you_mean(method, RECIPES)}")
-        settings = {key: value for key, value in self.model_dump(exclude_unset=True).items() if key in RECIPES[method].model_fields}
+            raise RecipeError(
+                f"method: expected one of {', '.join(RECIPES)}; found {method!r}{did_you_mean(method, RECIPES)}"
+            )
+        settings = {
+            key: value
+            for key, value in self.model_dump(exclude_unset=True).items()
+            if key in RECIPES[method].model_fields
+        }
         settings["method"] = method
         merge(settings, self.methods.get(method, {}))
         settings.pop("methods", None)
@@ -211,7 +224,7 @@ class SFT(Recipe):
 
 
 class SeqKD(Recipe):
-    """The teacher's text is its mode (greedy), as the paper's beam approximates; `sampling.temperature` changes that."""
+    """The teacher writes its mode (greedy), as the paper's beam approximates; `sampling.temperature` changes that."""
 
     method: Literal["seqkd"] = "seqkd"
     sampling: Sampling = Sampling(temperature=0.0)
@@ -235,11 +248,6 @@ class GKD(Recipe):
 RECIPES: dict[str, type[Recipe]] = {"sft": SFT, "seqkd": SeqKD, "kd": KD, "gkd": GKD}
 
 
-def did_you_mean(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A recipe file, or a packaged recipe by its bare name (`stories`, `stories.yaml`)."""
     file = Path(path)
@@ -247,7 +255,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         file = PACKAGED / file.with_suffix(".yaml")
     if not file.is_file():
         packaged = sorted(recipe.stem for recipe in PACKAGED.glob("*.yaml"))
-        raise RecipeError(f"{path}: no such recipe; give a YAML file or a packaged one ({', '.join(packaged)}){did_you_mean(file.stem, packaged)}")
+        raise RecipeError(
+            f"{path}: no such recipe; give a YAML file or a packaged one ({', '.join(packaged)})"
+            f"{did_you_mean(file.stem, packaged)}"
+        )
     try:
         settings = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -294,9 +305,15 @@ def _first_error(error: ValidationError, recipe: type[Recipe]) -> str:
         model: Any = recipe
         for part in first["loc"][:-1]:
             annotation = model.model_fields[part].annotation
-            inner = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+            inner = [
+                a
+                for a in (annotation, *getattr(annotation, "__args__", ()))
+                if isinstance(a, type) and issubclass(a, BaseModel)
+            ]
             model = inner[0]
-        hint = did_you_mean(str(first["loc"][-1]), model.model_fields) or f"; known keys: {', '.join(model.model_fields)}"
+        hint = (
+            did_you_mean(str(first["loc"][-1]), model.model_fields) or f"; known keys: {', '.join(model.model_fields)}"
+        )
         return f"{place}: no such key{hint}"
     message = first["msg"].removeprefix("Value error, ")
     found = "" if first["type"] == "value_error" else f"; found {first['input']!r}"

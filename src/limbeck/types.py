@@ -1,4 +1,7 @@
-"""Records that pass between parts. Tensor names end in their axes: B batch, T time, N kept tokens, V vocabulary, H width."""
+"""Records that pass between parts.
+
+Tensor names end in their axes: B batch, T time, N kept tokens, V vocabulary, H width.
+"""
 
 from __future__ import annotations
 

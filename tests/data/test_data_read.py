@@ -207,8 +207,8 @@ def test_mixture_errors(tmp_path: Path) -> None:
 
 def test_missing_files_name_their_neighbours(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", *PAIRS)
-    assert f"did you mean {tmp_path / 'train.jsonl'}?" in error(str(tmp_path / "trian.jsonl"))
-    assert f"did you mean {tmp_path / 'train.jsonl'}?" in error(str(tmp_path / "train"))
+    assert f"did you mean {str(tmp_path / 'train.jsonl')!r}?" in error(str(tmp_path / "trian.jsonl"))
+    assert f"did you mean {str(tmp_path / 'train.jsonl')!r}?" in error(str(tmp_path / "train"))
     assert f"nor a folder {tmp_path / 'none'}" in error(str(tmp_path / "none" / "train.jsonl"))
     assert "no such file" in error("trian.jsonl")
 
@@ -245,7 +245,7 @@ def test_unknown_columns(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"en": "Go.", "fr": "Va !"})
     message = error(path)
     assert f"{path}, line 1: expected prompt + completion" in message and "found en, fr" in message
-    assert error(path, columns={"prompt": "enn"}).endswith("expected a column enn, found en, fr; did you mean en?")
+    assert error(path, columns={"prompt": "enn"}).endswith("expected a column enn, found en, fr; did you mean 'en'?")
     assert "expected messages, prompt, completion, text, input as keys, found target" in error(
         path, columns={"target": "fr"}
     )

@@ -76,7 +76,13 @@ def test_cells_that_are_done_are_not_run_again(done: Path) -> None:
     before = stamps(done)
     compare(recipe(done), methods=["sft", "gkd"], limit=Limit(steps=2), seeds=[0, 1], console=QUIET)
     assert stamps(done) == before
-    compare(recipe(done, methods={"gkd": {"lmbda": 0.5}}), methods=["sft", "gkd"], limit=Limit(steps=2), seeds=[0, 1], console=QUIET)
+    compare(
+        recipe(done, methods={"gkd": {"lmbda": 0.5}}),
+        methods=["sft", "gkd"],
+        limit=Limit(steps=2),
+        seeds=[0, 1],
+        console=QUIET,
+    )
     changed = {name for name, stamp in stamps(done).items() if before.get(name) != stamp}
     assert changed == {"runs/gkd-seed0/metrics.jsonl", "runs/gkd-seed1/metrics.jsonl"}
 
@@ -92,7 +98,13 @@ def test_the_student_folder_loads_with_transformers(done: Path) -> None:
 def test_evaluate_prints_what_the_run_measured(done: Path) -> None:
     folder = done / "runs" / "sft-seed0"
     numbers = evaluate_folder(
-        folder / "student", "embedded:eval:4", metrics=["accuracy"], seeds=3, teacher="embedded", max_tokens=8, console=QUIET
+        folder / "student",
+        "embedded:eval:4",
+        metrics=["accuracy"],
+        seeds=3,
+        teacher="embedded",
+        max_tokens=8,
+        console=QUIET,
     )
     kept = json.loads((folder / "evaluation.json").read_text())["metrics"]
     for name in ("accuracy", "accuracy_greedy", "forward_kl", "loss"):

@@ -112,7 +112,9 @@ def test_the_cache_belongs_to_weights_and_sampling(teacher: Any, tmp_path: Path)
     assert weights_hash(load_model(TEACHER)) == name
 
 
-def test_a_half_written_cache_line_is_passed_over(teacher: Any, tokenizer: Any, rows: list[Example], tmp_path: Path) -> None:
+def test_a_half_written_cache_line_is_passed_over(
+    teacher: Any, tokenizer: Any, rows: list[Example], tmp_path: Path
+) -> None:
     sampling = Sampling(max_tokens=4, temperature=0.0)
     cache = TextCache(tmp_path, "w", sampling)
     Teacher(teacher, sampling, tokenizer, cache)(rows[:2], 0)

@@ -18,7 +18,9 @@ from limbeck.training import build, train
 folder, output = Path(sys.argv[1]), Path(sys.argv[2])
 student = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
 assert all(isinstance(parameter, DTensor) for parameter in student.parameters()), "the student is not sharded"
-recipe = tiny_recipe(output, "kd", student=str(folder), training={"max_steps": 4, "use_cpu": True, "save_only_model": True})
+recipe = tiny_recipe(
+    output, "kd", student=str(folder), training={"max_steps": 4, "use_cpu": True, "save_only_model": True}
+)
 parts = build(recipe, student=(student, load_tokenizer(folder)))
 output.mkdir(parents=True, exist_ok=True)
 trainer, _ = train(recipe, parts, output, quiet=True)

@@ -150,6 +150,11 @@ def test_data_and_models_in_memory(recipe: Any) -> None:
     student, teacher = load_model(TEACHER), load_model(TEACHER)
     torch.nn.init.normal_(student.get_output_embeddings().weight)
     run = distill(
-        made, student=(student, tokenizer), teacher=(teacher, tokenizer), dataset=rows("train", 24), quiet=True, report=False
+        made,
+        student=(student, tokenizer),
+        teacher=(teacher, tokenizer),
+        dataset=rows("train", 24),
+        quiet=True,
+        report=False,
     )
     assert run.metrics["metrics"]["forward_kl"]["mean"] < run.metrics["before"]["forward_kl"]["mean"]

@@ -88,4 +88,6 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert any(gradient.abs().max() > 0 for gradient in expected.values())
     for name, gradient in expected.items():
         error = (found[name] - gradient).abs().max() / gradient.abs().max().clamp_min(1e-12)
-        assert error <= 1e-6, f"{name}: relative error {error:.1e}"  # RMSNorm computes in float32 inside a float64 model
+        assert error <= 1e-6, (
+            f"{name}: relative error {error:.1e}"
+        )  # RMSNorm computes in float32 inside a float64 model

@@ -20,7 +20,16 @@ from limbeck.pipeline import distill
 from limbeck.training.checkpoints import Checkpoints, flaw, trim_log
 
 TIMES = ("rollout_s", "teacher_s", "student_s", "tokens_per_s")
-DROPOUT = {"from_config": {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 256, "resid_pdrop": 0.3}}
+DROPOUT = {
+    "from_config": {
+        "model_type": "gpt2",
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 256,
+        "resid_pdrop": 0.3,
+    }
+}
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
@@ -31,7 +40,10 @@ def steps(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("method", ["kd", "gkd"])
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(recipe: Any, tmp_path: Path, method: str) -> None:
     """Six steps at 12 steps an epoch (a resume inside one); dropout, so that the global RNG matters too."""
-    settings = {"student": DROPOUT, "training": {"max_steps": 6, "per_device_train_batch_size": 2, "save_total_limit": 9}}
+    settings = {
+        "student": DROPOUT,
+        "training": {"max_steps": 6, "per_device_train_batch_size": 2, "save_total_limit": 9},
+    }
     whole = distill(recipe(method, output=tmp_path / "whole", **settings), quiet=True, report=False)
     cut = recipe(method, output=tmp_path / "cut", **settings)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
@@ -112,7 +124,8 @@ def test_a_log_is_cut_back_with_its_half_written_line(tmp_path: Path) -> None:
 
 def test_the_best_checkpoint_is_kept_and_named_by_its_final_path(recipe: Any) -> None:
     made = recipe(
-        training={"max_steps": 6, "learning_rate": 0.5, "save_total_limit": 1}, evaluation={"steps": 2, "rows": 8, "prompts": 0}
+        training={"max_steps": 6, "learning_rate": 0.5, "save_total_limit": 1},
+        evaluation={"steps": 2, "rows": 8, "prompts": 0},
     )
     run = distill(made, quiet=True, report=False)
     rows = [json.loads(line) for line in (run.folder / "evaluations.jsonl").read_text().splitlines()]

@@ -20,7 +20,9 @@ def torchrun(script: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
     file = Path(__file__).with_name(script)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(file.parent)])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(file)]
-    return subprocess.run([*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=280
+    )
 
 
 def test_a_sharded_student_trains_and_saves_as_one_process_does(tmp_path: Path) -> None:
@@ -31,7 +33,10 @@ def test_a_sharded_student_trains_and_saves_as_one_process_does(tmp_path: Path) 
     done = torchrun("run_sharded.py", tmp_path / "student", tmp_path / "sharded")
     assert done.returncode == 0, done.stderr[-3000:]
     recipe = tiny_recipe(
-        tmp_path / "one", "kd", student=str(tmp_path / "student"), training={"max_steps": 4, "per_device_train_batch_size": 8}
+        tmp_path / "one",
+        "kd",
+        student=str(tmp_path / "student"),
+        training={"max_steps": 4, "per_device_train_batch_size": 8},
     )
     one = distill(recipe, quiet=True, report=False)
     expected = [json.loads(line)["loss"] for line in (one.folder / "metrics.jsonl").read_text().splitlines()]

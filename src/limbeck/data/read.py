@@ -10,7 +10,6 @@ A normalised row has the keys of one kind, and its other columns as they were:
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import re
@@ -19,7 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from limbeck.errors import DataError
+from limbeck.errors import DataError, did_you_mean
 
 LOG = logging.getLogger(__name__)
 KEYS = ("messages", "prompt", "completion", "text")
@@ -160,8 +159,7 @@ def _load_path(source: str) -> Iterator[tuple[str, Any]]:
 def _neighbours(path: Path) -> str:
     if not path.parent.is_dir():
         return f", nor a folder {path.parent}"
-    close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()])
-    return f"; did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""
+    return did_you_mean(path, path.parent.iterdir())
 
 
 def _load_jsonl(path: str) -> Iterator[tuple[str, Any]]:
@@ -309,8 +307,7 @@ def _layout(where: str, row: dict[str, Any], columns: Mapping[str, str] | None) 
         )
     for column in columns.values():
         if column not in row:
-            close = difflib.get_close_matches(column, [str(name) for name in row])
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(column, row)
             raise DataError(f"{where}: expected a column {column}, found {', '.join(map(str, row)) or 'nothing'}{hint}")
     # A file may need only one of the two renamed.
     halves = {key: key for key in ("prompt", "completion") if key in row}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from limbeck.data import collate, dataset_rollout
 from limbeck.errors import DataError
 from limbeck.models import completion_hidden
-from limbeck.models.teaching import ADAPTERS, teacher_hidden
+from limbeck.models.teaching import teacher_hidden
 from limbeck.ops.chunked import linear_terms
 from limbeck.types import Example, Rollout
 

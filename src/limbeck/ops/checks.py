@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from limbeck.errors import PreflightError, RecipeError
+from limbeck.errors import PreflightError, RecipeError, did_you_mean
 from limbeck.ops.divergences import DIVERGENCES
 from limbeck.ops.statistics import STATS
 from limbeck.types import Head, Hidden, Signal
@@ -26,9 +25,8 @@ def check_name(kind: str, name: str, table: Mapping[str, object]) -> None:
     """Raises RecipeError, with the nearest name, unless `name` is in `table`."""
     if name in table:
         return
-    close = difflib.get_close_matches(name, table, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else "use one of these"
-    raise RecipeError(f"expected a {kind} out of {', '.join(table)}; found {name!r}: {hint}")
+    hint = did_you_mean(name, table) or "; use one of these"
+    raise RecipeError(f"expected a {kind} out of {', '.join(table)}; found {name!r}{hint}")
 
 
 def check_request(

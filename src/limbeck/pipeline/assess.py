@@ -161,4 +161,10 @@ class Assessor:
 
 
 def _interval(interval: Any) -> dict[str, Any]:
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high, "values": interval.values, "how": interval.how}
+    return {
+        "mean": interval.mean,
+        "low": interval.low,
+        "high": interval.high,
+        "values": interval.values,
+        "how": interval.how,
+    }

@@ -11,9 +11,9 @@ from limbeck.recipe import Recipe
 def model_card(recipe: Recipe, evaluation: dict[str, Any]) -> str:
     """README.md of the student's folder: what it is, how it was made, what was measured."""
     method = METHODS[recipe.method]
+    parts = [evaluation[part] for part in ("before", "metrics", "teacher_metrics")]
     numbers = "\n".join(
-        f"| {name} | {_shown(evaluation['before'].get(name))} | {_shown(value)} | {_shown(evaluation['teacher_metrics'].get(name))} |"
-        for name, value in evaluation["metrics"].items()
+        f"| {name} | {' | '.join(_shown(part.get(name)) for part in parts)} |" for name in evaluation["metrics"]
     )
     return f"""---
 library_name: transformers

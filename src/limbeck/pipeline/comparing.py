@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from limbeck.errors import RecipeError
+from limbeck.errors import RecipeError, did_you_mean
 from limbeck.evaluation import mean_interval, paired_difference
 from limbeck.methods import METHODS
 from limbeck.pipeline.distilling import Run, distill, finished, write_json
 from limbeck.pipeline.limit import Limit
 from limbeck.pipeline.table import print_comparison
-from limbeck.recipe import RECIPES, Recipe, did_you_mean
+from limbeck.recipe import RECIPES, Recipe
 from limbeck.report import environment, write_report
 
 LOWER_IS_BETTER = ("loss", "forward_kl", "reverse_kl")
@@ -47,7 +47,9 @@ def compare(
     limit, seeds, console = limit or Limit(), seeds or [recipe.seed], console or Console()
     for method in methods:
         if method not in RECIPES:
-            raise RecipeError(f"--methods: expected some of {', '.join(RECIPES)}; found {method!r}{did_you_mean(method, RECIPES)}")
+            raise RecipeError(
+                f"--methods: expected some of {', '.join(RECIPES)}; found {method!r}{did_you_mean(method, RECIPES)}"
+            )
     folder = Path(recipe.output)
     cells = {(method, seed): _cell(recipe, method, seed, limit, folder) for seed in seeds for method in methods}
     runs: dict[tuple[str, int], Run] = {}
@@ -65,7 +67,9 @@ def compare(
 
 
 def _cell(recipe: Recipe, method: str, seed: int, limit: Limit, folder: Path) -> Recipe:
-    return recipe.with_method(method, seed=seed, training=limit.training(), output=str(folder / "runs" / f"{method}-seed{seed}"), init=None)
+    return recipe.with_method(
+        method, seed=seed, training=limit.training(), output=str(folder / "runs" / f"{method}-seed{seed}"), init=None
+    )
 
 
 def _start(recipe: Recipe, seed: int, folder: Path) -> Run:

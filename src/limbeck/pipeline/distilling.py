@@ -6,13 +6,11 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from limbeck.errors import CheckpointError, RecipeError
-from limbeck.methods import METHODS
 from limbeck.models import save_student
 from limbeck.pipeline.assess import Assessor
 from limbeck.pipeline.card import model_card
@@ -51,10 +49,12 @@ def distill(
     quiet: bool = False,
     report: bool = True,
 ) -> Run:
-    """Trains, evaluates, reports. `student` and `teacher` may be (model, tokenizer) in memory, `dataset` a datasets.Dataset
-    or a list of rows; each takes the place of what the recipe names. `resume` goes on from the newest whole checkpoint in
-    the recipe's `output`. `limit` (pipeline.Limit) ends training by seconds or tokens. `memo` is a folder that keeps the
-    evaluations of teacher and start, so that runs which share them share that work.
+    """Trains, evaluates, reports.
+
+    `student` and `teacher` may be (model, tokenizer) in memory, `dataset` a datasets.Dataset or a list of rows; each takes
+    the place of what the recipe names. `resume` goes on from the newest whole checkpoint in the recipe's `output`. `limit`
+    (pipeline.Limit) ends training by seconds or tokens. `memo` is a folder that keeps the evaluations of teacher and
+    start, so that runs which share them share that work.
 
     Raises LimbeckError; nothing is trained before every check has passed.
     """
@@ -105,9 +105,13 @@ def _loaded(recipe: Recipe | str | Path | dict[str, Any]) -> Recipe:
 def _claim(folder: Path, resume: bool) -> None:
     """A run never writes over another one."""
     if resume and not folder.is_dir():
-        raise CheckpointError(f"output {folder}: expected a run to resume; found no such folder; start without --resume")
+        raise CheckpointError(
+            f"output {folder}: expected a run to resume; found no such folder; start without --resume"
+        )
     if not resume and (folder / "metrics.jsonl").exists():
-        raise RecipeError(f"output {folder}: expected a new folder; found a run in it; add --resume, or set another output=")
+        raise RecipeError(
+            f"output {folder}: expected a new folder; found a run in it; add --resume, or set another output="
+        )
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -120,7 +124,9 @@ def _as_before(recipe: Recipe, folder: Path) -> Recipe:
 def _start(recipe: Recipe, folder: Path, *, student: Any, teacher: Any, dataset: Any, quiet: bool) -> Run:
     """The SFT stage that the method goes on from; kept, and trained again only if its recipe changed."""
     assert recipe.init is not None
-    stage = recipe.with_method("sft", training=recipe.init.training, output=str(folder), init=None).replaced(evaluation={"prompts": 0})
+    stage = recipe.with_method("sft", training=recipe.init.training, output=str(folder), init=None).replaced(
+        evaluation={"prompts": 0}
+    )
     done = finished(folder, stage)
     if done is not None:
         return done

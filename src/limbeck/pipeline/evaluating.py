@@ -38,7 +38,9 @@ def evaluate_folder(
     context = getattr(loaded.config, "max_position_embeddings", None)
     examples, _ = render(read(data)[:prompts], tokenizer, template=template, context=context)
     stops = eos_tokens(loaded, tokenizer)
-    scores = evaluate(loaded, tokenizer, examples, metrics=metrics, seeds=seeds, max_tokens=max_tokens, stop_tokens=stops)
+    scores = evaluate(
+        loaded, tokenizer, examples, metrics=metrics, seeds=seeds, max_tokens=max_tokens, stop_tokens=stops
+    )
     numbers: dict[str, Any] = {}
     for name, values_SP in scores.values.items():
         interval = mean_interval(values_SP, seeds="evaluation")

@@ -22,7 +22,11 @@ class Limit:
     @staticmethod
     def parse(*, budget: str | None, steps: int | None, tokens: int | None) -> Limit:
         """From the command line. RecipeError for more than one, or for a budget that is no time."""
-        given = [name for name, value in (("--budget", budget), ("--steps", steps), ("--tokens", tokens)) if value is not None]
+        given = [
+            name
+            for name, value in (("--budget", budget), ("--steps", steps), ("--tokens", tokens))
+            if value is not None
+        ]
         if len(given) > 1:
             raise RecipeError(f"expected one budget; found {' and '.join(given)}; leave one")
         if any(value is not None and value < 1 for value in (steps, tokens)):

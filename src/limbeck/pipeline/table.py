@@ -27,7 +27,9 @@ def print_comparison(comparison: dict[str, Any], console: Console) -> None:
         steps, seconds = (f"{row[key]:.0f}" if key in row else "" for key in ("steps", "seconds"))
         table.add_row(row["label"], *numbers, steps, seconds)
     console.print(table)
-    console.print("recipes: " + ", ".join(row["recipe"] for row in comparison["table"] if "recipe" in row), highlight=False)
+    console.print(
+        "recipes: " + ", ".join(row["recipe"] for row in comparison["table"] if "recipe" in row), highlight=False
+    )
     labels = {row["method"]: row["label"] for row in comparison["table"]}
     console.print(f"\npaired differences in {main}, 95 % intervals:")
     for pair in comparison["pairs"]:

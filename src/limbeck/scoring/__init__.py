@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, cast
 
-from limbeck.errors import RecipeError, ScoreError
+from limbeck.errors import RecipeError, ScoreError, did_you_mean
 from limbeck.scoring.answers import numeric_answer
 from limbeck.scoring.text import bleu, exact_match, length, rouge_2, rouge_l
 
@@ -35,8 +34,7 @@ def resolve(name: str | Score) -> Score:
     if ":" in name:
         return _imported(name)
     if name not in SCORES:
-        close = difflib.get_close_matches(name, SCORES, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(name, SCORES)
         raise RecipeError(f"expected a score among {', '.join(SCORES)}, or module:function; found {name!r}{hint}")
     return SCORES[name]
 

@@ -51,7 +51,6 @@ class Parts:
     notes: list[str] = field(default_factory=list[str])
 
 
-
 def build(recipe: Recipe, *, student: Any = None, teacher: Any = None, rows: Any = None) -> Parts:
     """Loads models and data and checks that they fit. `student` and `teacher` may be (model, tokenizer) in memory,
     `rows` a data set in memory; each takes the place of what the recipe names.
@@ -237,12 +236,16 @@ def _data(recipe: Recipe, tokenizer: Any, model: Any, rows: Any) -> tuple[list[E
     if recipe.data.eval is not None:
         held_out = read(recipe.data.eval, columns=recipe.data.columns)
     elif isinstance(source, list) and recipe.data.train is source:
-        raise RecipeError("data.eval: expected one beside a mixture (its rows may repeat, so none can be held out); found none")
+        raise RecipeError(
+            "data.eval: expected one beside a mixture (its rows may repeat, so none can be held out); found none"
+        )
     else:
         count = min(max(len(training) // 20, 1), recipe.evaluation.rows)
         training, held_out = training[:-count], training[-count:]
         if not training:
-            raise DataError("data.train: expected more than one row, or data.eval; found one row: nothing is left to hold out")
+            raise DataError(
+                "data.train: expected more than one row, or data.eval; found one row: nothing is left to hold out"
+            )
     train, summary = render(training, tokenizer, **settings)
     _check_learnable(recipe, train)
     return train, render(held_out, tokenizer, **settings)[0], summary

@@ -27,7 +27,7 @@ class Checkpoints:
 
     @contextmanager
     def whole(self, state: Any, accelerator: Any, args: Any) -> Iterator[None]:
-        """Raises CheckpointError if the write fails (a full disk); the checkpoints that were there stay as they were."""
+        """Raises CheckpointError if the write fails (a full disk); the checkpoints there stay as they were."""
         partial = self.folder / ".partial"
         name = f"checkpoint-{state.global_step}"
         if args.should_save:
@@ -133,5 +133,3 @@ def trim_log(path: Path, step: int) -> None:
     whole = path.with_suffix(".trimmed")
     whole.write_text("".join(f"{line}\n" for line in kept))
     whole.replace(path)
-
-

@@ -30,8 +30,8 @@ SIGNAL_STATS = ("forward_kl", "reverse_kl", "agreement", "entropy")
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """A forward without a backward leaves FSDP2's last group (final norm and output head) gathered: an optimiser made, or
-    a checkpoint written, after it would hold copies that training does not touch."""
+    """A forward without a backward leaves FSDP2's last group (final norm and output head) gathered: an optimiser made,
+    or a checkpoint written, after it would hold copies that training does not touch."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -40,8 +40,8 @@ def reshard(model: torch.nn.Module) -> None:
 class Trainer(transformers.Trainer):
     """`transformers.Trainer` with limbeck's source, signal and objective.
 
-    `teacher`: a model, None (no signal: SFT, SeqKD), or ADAPTERS (see `limbeck.models.teaching`). `evaluator(model, step)` returns the numbers of one
-    evaluation (`eval_*`).
+    `teacher`: a model, None (no signal: SFT, SeqKD), or ADAPTERS (see `limbeck.models.teaching`).
+    `evaluator(model, step)` returns the numbers of one evaluation (`eval_*`).
     """
 
     def __init__(
@@ -158,8 +158,9 @@ class Trainer(transformers.Trainer):
         loss_sum = terms.loss_N.sum()
         if not torch.isfinite(loss_sum):
             raise TrainingError(
-                f"step {self.state.global_step + 1}: expected a finite loss; found {loss_sum.item()} in the micro-batch of rows "
-                f"{inputs['rows'].tolist()}; lower training.learning_rate or training.max_grad_norm, or look at these rows"
+                f"step {self.state.global_step + 1}: expected a finite loss; found {loss_sum.item()} in the micro-batch "
+                f"of rows {inputs['rows'].tolist()}; lower training.learning_rate or training.max_grad_norm, or look at "
+                "these rows"
             )
         self._add("divergence", terms.divergence_N)
         self._add("cross_entropy", terms.nll_N)
