@@ -51,10 +51,10 @@ def distill(
 ) -> Run:
     """Trains, evaluates, reports.
 
-    `student` and `teacher` may be (model, tokenizer) in memory, `dataset` a datasets.Dataset or a list of rows; each takes
-    the place of what the recipe names. `resume` goes on from the newest whole checkpoint in the recipe's `output`. `limit`
-    (pipeline.Limit) ends training by seconds or tokens. `memo` is a folder that keeps the evaluations of teacher and
-    start, so that runs which share them share that work.
+    `student` and `teacher` may be (model, tokenizer) in memory, `dataset` a datasets.Dataset or a list of rows; each
+    takes the place of what the recipe names. `resume` goes on from the newest whole checkpoint in the recipe's
+    `output`. `limit` (pipeline.Limit) ends training by seconds or tokens. `memo` is a folder that keeps the
+    evaluations of teacher and start, so that runs which share them share that work.
 
     Raises LimbeckError; nothing is trained before every check has passed.
     """

@@ -158,9 +158,9 @@ class Trainer(transformers.Trainer):
         loss_sum = terms.loss_N.sum()
         if not torch.isfinite(loss_sum):
             raise TrainingError(
-                f"step {self.state.global_step + 1}: expected a finite loss; found {loss_sum.item()} in the micro-batch "
-                f"of rows {inputs['rows'].tolist()}; lower training.learning_rate or training.max_grad_norm, or look at "
-                "these rows"
+                f"step {self.state.global_step + 1}: expected a finite loss; found {loss_sum.item()} in the "
+                f"micro-batch of rows {inputs['rows'].tolist()}; lower training.learning_rate or max_grad_norm, "
+                "or look at these rows"
             )
         self._add("divergence", terms.divergence_N)
         self._add("cross_entropy", terms.nll_N)
