@@ -63,16 +63,16 @@ class Data(Strict):
     columns: dict[str, str] | None = None
     template: str | None = None
     train_on: Literal["assistant", "last"] = "assistant"
-    prompt_tokens: int | None = Field(None, ge=1)
-    max_length: int | None = Field(None, ge=2)
-    rows: int | None = Field(None, ge=1)
+    prompt_tokens: int | None = Field(default=None, ge=1)
+    max_length: int | None = Field(default=None, ge=2)
+    rows: int | None = Field(default=None, ge=1)
 
 
 class Sampling(Strict):
-    max_tokens: int = Field(128, ge=1)
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    max_tokens: int = Field(default=128, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
 
 
 class Divergence(Strict):
@@ -80,7 +80,7 @@ class Divergence(Strict):
 
     model_config = ConfigDict(extra="allow")
     name: str = "forward_kl"
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
 
     def model_post_init(self, _: Any) -> None:
         if ":" not in self.name and self.name not in DIVERGENCES:
@@ -111,13 +111,13 @@ class Evaluation(Strict):
     checkpoint (`loss`, `forward_kl`, or a metric); with `steps: 0` the last weights are kept."""
 
     metrics: list[str] = []
-    steps: int = Field(0, ge=0)
-    prompts: int = Field(200, ge=0)
-    seeds: int = Field(3, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    max_tokens: int | None = Field(None, ge=1)
+    steps: int = Field(default=0, ge=0)
+    prompts: int = Field(default=200, ge=0)
+    seeds: int = Field(default=3, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    max_tokens: int | None = Field(default=None, ge=1)
     best: str | None = None
-    rows: int = Field(200, ge=1)
+    rows: int = Field(default=200, ge=1)
 
 
 class Init(Strict):
@@ -149,7 +149,7 @@ class Recipe(Strict):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     teacher_precision: Literal["auto", "fp32", "bf16"] = "auto"
     trust_remote_code: bool = False
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     output: str = "runs/limbeck"
     methods: dict[str, dict[str, Any]] = {}
 
@@ -233,14 +233,14 @@ class SeqKD(Recipe):
 class KD(Recipe):
     method: Literal["kd"] = "kd"
     divergence: Divergence = Divergence()
-    cross_entropy_weight: float = Field(0.0, ge=0)
+    cross_entropy_weight: float = Field(default=0.0, ge=0)
 
 
 class GKD(Recipe):
     method: Literal["gkd"] = "gkd"
     divergence: Divergence = Divergence(name="jsd", beta=0.5)  # pyright: ignore[reportCallIssue]
-    cross_entropy_weight: float = Field(0.0, ge=0)
-    lmbda: float = Field(1.0, ge=0, le=1)
+    cross_entropy_weight: float = Field(default=0.0, ge=0)
+    lmbda: float = Field(default=1.0, ge=0, le=1)
     lmbda_unit: Literal["sequence", "step"] = "sequence"
     offline: Literal["dataset", "teacher"] = "dataset"
 
@@ -277,10 +277,11 @@ def apply_overrides(settings: dict[str, Any], overrides: list[str]) -> dict[str,
         *parents, last = key.strip().split(".")
         place = settings
         for parent in parents:
-            inner = place.get(parent)
+            inner: Any = place.get(parent)
             if isinstance(inner, str) and parent == "student":
                 inner = {"path": inner}
-            place[parent] = place = inner if isinstance(inner, dict) else {}
+            place[parent] = inner if isinstance(inner, dict) else {}
+            place = place[parent]
         try:
             place[last] = yaml.safe_load(value)
         except yaml.YAMLError:

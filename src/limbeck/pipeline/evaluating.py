@@ -38,6 +38,7 @@ def evaluate_folder(
     context = getattr(loaded.config, "max_position_embeddings", None)
     examples, _ = render(read(data)[:prompts], tokenizer, template=template, context=context)
     stops = eos_tokens(loaded, tokenizer)
+    pad_id: Any = tokenizer.pad_token_id
     scores = evaluate(
         loaded, tokenizer, examples, metrics=metrics, seeds=seeds, max_tokens=max_tokens, stop_tokens=stops
     )
@@ -46,7 +47,7 @@ def evaluate_folder(
         interval = mean_interval(values_SP, seeds="evaluation")
         numbers[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
     if any(any(example.mask) for example in examples):
-        held = held_out(loaded, judge, examples, tokenizer.pad_token_id)
+        held = held_out(loaded, judge, examples, pad_id)
         for name in ("loss", "forward_kl", "reverse_kl", "agreement"):
             if name in held:
                 numbers[name] = {"mean": held[name], "low": None, "high": None}

@@ -109,7 +109,8 @@ class Bar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            self.task = self.progress.add_task(self.label, total=1.0, completed=self._done(state), numbers="")
+            self.task = self.progress.add_task(self.label, total=1.0, numbers="")
+            self.progress.update(self.task, completed=self._done(state))
             self.progress.start()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:

@@ -29,7 +29,7 @@ from limbeck.types import Example, Hidden, Objective, Rollout, Source
 SIGNAL_STATS = ("forward_kl", "reverse_kl", "agreement", "entropy")
 
 
-def reshard(model: torch.nn.Module) -> None:
+def reshard(model: Any) -> None:
     """A forward without a backward leaves FSDP2's last group (final norm and output head) gathered: an optimiser made,
     or a checkpoint written, after it would hold copies that training does not touch."""
     for module in model.modules():
@@ -78,7 +78,7 @@ class Trainer(transformers.Trainer):
         self.autocast = autocast
         self.evaluator = evaluator
         self.budget = budget
-        self.checkpoints = Checkpoints(args.output_dir)
+        self.checkpoints = Checkpoints(str(args.output_dir))
         self.rollouts: list[Rollout] = []
         self.tokens_seen = 0
         self.evaluation_seconds = 0.0
