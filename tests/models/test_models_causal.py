@@ -169,7 +169,7 @@ def test_eos_of_tokenizer_generation_config_and_template(shared: Path) -> None:
     tokenizer.chat_template = CHATML
     tokenizer.eos_token = "<|endoftext|>"  # a base tokenizer under a chat template
     model = tiny("qwen2", vocab=151_936, hidden_size=4, intermediate_size=4)
-    model.generation_config.eos_token_id = [151_644, 151_643]
+    model.generation_config.eos_token_id = [151_643, 151_644]
     assert end_of_turn(tokenizer) == 151_645
     assert eos_tokens(model, tokenizer) == (151_643, 151_644, 151_645)
     model.generation_config.eos_token_id = 151_665

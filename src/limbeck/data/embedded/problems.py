@@ -42,7 +42,7 @@ CHANGES = {
     "+": (
         "{a} buys {n} more.",
         "{a} finds {n} more {o}.",
-        "{b} gives {a} {n} {o}.",
+        "{b} gives {n} {o} to {a}.",
         "{a} gets {n} {o} from {b}.",
         "Then {n} {o} are added.",
     ),
