@@ -114,6 +114,20 @@ def test_divergence_temperature_is_not_the_sampling_temperature(recipe: Any) -> 
     }
 
 
+def halved_kl(student_logprobs_NV: torch.Tensor, teacher_logprobs_NV: torch.Tensor) -> torch.Tensor:
+    """A divergence of a user's own, named in a recipe as module:function."""
+    return (teacher_logprobs_NV.exp() * (teacher_logprobs_NV - student_logprobs_NV)).sum(-1) / 2
+
+
+def test_a_divergence_of_ones_own_by_module_and_function(recipe: Any) -> None:
+    made = recipe("kd", divergence={"name": "test_training_order:halved_kl"}, training={"max_steps": 1})
+    run = distill(made, quiet=True, report=False)
+    (row,) = metrics(run.folder)
+    assert row["loss"] == pytest.approx(row["forward_kl"] / 2, rel=1e-5)
+    with pytest.raises(RecipeError, match="divergence.*PYTHONPATH"):
+        build_objective(recipe("kd", divergence={"name": "nowhere:at_all"}))
+
+
 def test_a_lora_student_on_its_teacher_is_one_copy_and_trains(recipe: Any) -> None:
     made = recipe("kd", student={"path": "embedded", "lora": {"r": 4}})
     parts = build(made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ def divergence(
     signal: Signal | None,
     tokens_N: torch.Tensor,
     *,
-    name: str = "forward_kl",
+    name: str | Callable[..., torch.Tensor] = "forward_kl",
     temperature: float = 1.0,
     cross_entropy_weight: float = 0.0,
     stats: tuple[str, ...] = (),

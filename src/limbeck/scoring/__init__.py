@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, cast
 
 from limbeck.errors import RecipeError, ScoreError, did_you_mean
+from limbeck.plugins import imported
 from limbeck.scoring.answers import numeric_answer
 from limbeck.scoring.text import bleu, exact_match, length, rouge_2, rouge_l
 
@@ -32,27 +32,11 @@ def resolve(name: str | Score) -> Score:
     if callable(name):
         return name
     if ":" in name:
-        return _imported(name)
+        return cast(Score, imported(name, "a score (completion, reference) -> float"))
     if name not in SCORES:
         hint = did_you_mean(name, SCORES)
         raise RecipeError(f"expected a score among {', '.join(SCORES)}, or module:function; found {name!r}{hint}")
     return SCORES[name]
-
-
-def _imported(name: str) -> Score:
-    module_name, _, attribute = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    # A user's module may fail in any way while it is imported.
-    except Exception as error:
-        raise RecipeError(
-            f"expected a score at {name!r}, found {type(error).__name__}: {error}; is it on PYTHONPATH?"
-        ) from error
-    if not callable(function):
-        raise RecipeError(
-            f"expected a function (completion, reference) -> float at {name!r}, found {type(function).__name__}"
-        )
-    return cast(Score, function)
 
 
 def score(

@@ -29,6 +29,7 @@ from limbeck.models import (
 )
 from limbeck.models.teaching import ADAPTERS
 from limbeck.objectives import OBJECTIVES
+from limbeck.plugins import imported
 from limbeck.recipe import Recipe
 from limbeck.sources import Mixed, Student, Teacher, dataset
 from limbeck.teachers import TextCache, default_folder, weights_hash
@@ -137,9 +138,10 @@ def build_objective(recipe: Recipe) -> Objective:
     if METHODS[recipe.method].objective != "divergence":
         return objective
     divergence = _own(recipe, "divergence")
+    name = divergence.name
     return partial(
         objective,
-        name=divergence.name,
+        name=imported(name, "a divergence (student_logprobs_NV, teacher_logprobs_NV) -> (N,)") if ":" in name else name,
         temperature=divergence.temperature,
         cross_entropy_weight=_own(recipe, "cross_entropy_weight"),
         **divergence.params,
