@@ -85,7 +85,8 @@ def hidden_and_head(
         input_ids=input_ids_BT,
         attention_mask=attention_mask_BT,
         output_hidden_states=-1,
-        logits_to_keep=1,
+        # An index, not a count: the slice that a count takes makes torch copy the whole output matrix once a row.
+        logits_to_keep=torch.zeros(1, dtype=torch.long, device=input_ids_BT.device),
         use_cache=False,
     )
     return output.hidden_states[-1], output_head(model)
