@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from limbeck.data import Summary, read, render
@@ -127,6 +128,11 @@ def build_source(recipe: Recipe, parts: Parts) -> Source:
         return as_it_is
     if name == "teacher":
         return _writing_teacher(recipe, parts)
+    if any(isinstance(parameter, DTensor) for parameter in parts.student.parameters()):
+        raise RecipeError(
+            f"method {recipe.method}: expected a student that is whole on every rank to write with; found one sharded by "
+            "FSDP; use DDP (plain torchrun), or a method that does not write: sft, seqkd, kd"
+        )
     writer = Student(parts.student, _sampling(recipe, parts), parts.tokenizer)
     offline = _writing_teacher(recipe, parts) if _own(recipe, "offline") == "teacher" else as_it_is
     return Mixed(writer, offline, _own(recipe, "lmbda"), _own(recipe, "lmbda_unit"), recipe.seed)
