@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 
 from limbeck.errors import LimbeckError
-from limbeck.pipeline.allocator import keep_freed_memory
 
 app = typer.Typer(
     help="limbeck distils a large language model into a small one.",
@@ -155,7 +154,6 @@ def _root() -> None:
 def main() -> None:
     """Exit codes: 0 done, 2 a mistake that the message explains, 130 interrupted."""
     transformers.utils.logging.disable_progress_bar()  # weight shards; the runs have a bar of their own
-    keep_freed_memory()
     try:
         app()
     except LimbeckError as error:
