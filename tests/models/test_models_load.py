@@ -69,7 +69,7 @@ def one_line(path: Path | str, **options: Any) -> str:
 @pytest.mark.usefixtures("_no_network")
 def test_what_is_wrong_with_a_folder(folder: Path) -> None:
     weights = folder / "model.safetensors"
-    assert f"did you mean {folder}?" in one_line(folder.with_name("stories260"))
+    assert f"did you mean {str(folder)!r}?" in one_line(folder.with_name("stories260"))
     assert "found nothing there" in one_line(folder / "nowhere" / "at" / "all")
     assert "found another file" in one_line(weights)
 

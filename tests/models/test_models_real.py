@@ -115,7 +115,7 @@ def test_cast_keeps_rotary_frequencies_where_to_rounds_them() -> None:
     path = home("smollm2-135m-instruct") / "hf"
     loaded = load_model(path, dtype=torch.bfloat16)
     whole: Any = load_model(path)
-    positions = torch.arange(1000)[None]
+    positions = torch.arange(200)[None]
     with torch.no_grad():
         expected = loaded(input_ids=positions).logits
         assert torch.equal(cast(load_model(path), torch.bfloat16)(input_ids=positions).logits, expected)

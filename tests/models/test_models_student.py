@@ -83,11 +83,11 @@ def test_from_config_draws_weights_under_the_seed(stories: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"from_config": {**CONFIG, "hiden_size": 8}}, "did you mean hidden_size"),
+        ({"from_config": {**CONFIG, "hiden_size": 8}}, "did you mean 'hidden_size'"),
         ({"from_config": {**CONFIG, "vocab_size": 8}}, "leave out vocab_size"),
         ({"from_config": {"hidden_size": 8}}, "expected model_type"),
         ({"from_config": {"model_type": "llamma"}}, "found llamma"),
-        ({"from_techer": {"layers": [0]}}, "did you mean from_teacher"),
+        ({"from_techer": {"layers": [0]}}, "did you mean 'from_teacher'"),
         ({"from_teacher": {"layer": [0]}}, "layers: "),
         ({"path": "a", "from_config": CONFIG}, "one of path, from_teacher, from_config; found path, from_config"),
         ({"lora": {}}, "found none"),

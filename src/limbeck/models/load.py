@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from limbeck.errors import ModelError
+from limbeck.errors import ModelError, did_you_mean
 
 PathLike = str | Path
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -106,12 +105,6 @@ def _is_hub_id(path: PathLike, place: Path) -> bool:
     if not _HUB_ID.fullmatch(text) or text.endswith(".gguf"):
         return False
     return place.parent == Path(".") or not place.parent.is_dir()
-
-
-def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the closest known word, or nothing."""
-    near = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def move(model: PreTrainedModel, device: torch.device | str | None) -> PreTrainedModel:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from limbeck.errors import ModelError, RecipeError
+from limbeck.errors import ModelError, RecipeError, did_you_mean
 from limbeck.models.adapters import LORA_KEYS, one_copy, with_lora
 from limbeck.models.layers import cut_layers
-from limbeck.models.load import PathLike, did_you_mean, load_model, load_tokenizer, locate, move
+from limbeck.models.load import PathLike, load_model, load_tokenizer, locate, move
 
 _ORIGINS = ("path", "from_teacher", "from_config")
 

@@ -130,8 +130,8 @@ def build_source(recipe: Recipe, parts: Parts) -> Source:
         return _writing_teacher(recipe, parts)
     if any(isinstance(parameter, DTensor) for parameter in parts.student.parameters()):
         raise RecipeError(
-            f"method {recipe.method}: expected a student that is whole on every rank to write with; found one sharded by "
-            "FSDP; use DDP (plain torchrun), or a method that does not write: sft, seqkd, kd"
+            f"method {recipe.method}: expected a student that is whole on every rank to write with; found one "
+            "sharded by FSDP; use DDP (plain torchrun), or a method that does not write: sft, seqkd, kd"
         )
     writer = Student(parts.student, _sampling(recipe, parts), parts.tokenizer)
     offline = _writing_teacher(recipe, parts) if _own(recipe, "offline") == "teacher" else as_it_is
