@@ -143,7 +143,7 @@ def test_global_generators_are_neither_read_nor_moved(model: LlamaForCausalLM):
 
 def test_greedy_is_what_transformers_writes(shared: Path):
     folder = shared / "models" / "stories260k"
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = ["Once upon a time", "Lily and Tom", "The", "One day, a big dog went to the park and saw", "She said"]
     prompts = [tokenizer(text).input_ids for text in texts]

@@ -89,7 +89,8 @@ def test_cells_that_are_done_are_not_run_again(done: Path) -> None:
 
 def test_the_student_folder_loads_with_transformers(done: Path) -> None:
     folder = done / "runs" / "gkd-seed0" / "student"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("Tom has 3 apples.", return_tensors="pt")
     assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
     assert "GKD" in (folder / "README.md").read_text()

@@ -101,7 +101,7 @@ def test_the_teacher_writes_once(teacher: Any, tokenizer: Any, rows: list[Exampl
 def test_the_cache_belongs_to_weights_and_sampling(teacher: Any, tmp_path: Path) -> None:
     sampling, other = Sampling(max_tokens=6), Sampling(max_tokens=7)
     name = weights_hash(teacher)
-    changed = load_model(TEACHER)
+    changed: Any = load_model(TEACHER)
     changed.get_output_embeddings().weight.data[0, 0] += 1e-3
     paths = {
         TextCache(tmp_path, key, settings).path

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from training_helpers import tiny_recipe
 from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from limbeck.models import load_tokenizer
 from limbeck.training import build, train

@@ -161,7 +161,8 @@ def test_data_and_models_in_memory(recipe: Any) -> None:
 
     made = recipe("kd", data={}, teacher=None, student="nowhere")
     tokenizer = load_tokenizer(TEACHER)
-    student, teacher = load_model(TEACHER), load_model(TEACHER)
+    student: Any = load_model(TEACHER)
+    teacher = load_model(TEACHER)
     torch.nn.init.normal_(student.get_output_embeddings().weight)
     run = distill(
         made,

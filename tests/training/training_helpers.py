@@ -115,7 +115,8 @@ class Padded(Trainer):
 
     def _collate(self, rollouts: Any) -> dict[str, torch.Tensor]:
         batch = super()._collate(rollouts)
-        pad = {"input_ids": self.processing_class.pad_token_id, "attention_mask": 0, "learnt": False}
+        tokenizer: Any = self.processing_class
+        pad = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "learnt": False}
         return {
             name: torch.nn.functional.pad(tensor, (0, self.extra), value=pad[name]) if name in pad else tensor
             for name, tensor in batch.items()
