@@ -55,6 +55,10 @@ def test_a_comparison_leaves_table_pairs_numbers_and_report(done: Path) -> None:
     means = {row["method"]: row["metrics"]["accuracy"]["mean"] for row in comparison["table"]}
     assert (pair["a"], pair["b"]) == ("gkd", "sft")
     assert pair["difference"] == pytest.approx(means["gkd"] - means["sft"])
+    (pair,) = [pair for pair in comparison["pairs"] if pair["metric"] == "forward_kl"]
+    means = {row["method"]: row["metrics"]["forward_kl"]["mean"] for row in comparison["table"][1:]}
+    assert pair["difference"] == pytest.approx(means["gkd"] - means["sft"])
+    assert abs(pair["difference"]) > 1e-6
     with (done / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["study", "method", "seed", "metric", "value", "seconds", "command", "commit"]

@@ -76,9 +76,11 @@ def test_coins_do_not_depend_on_the_batch_and_change_with_step_and_seed(rows: li
 def test_the_student_writes_after_the_prompt_and_learns_all_it_wrote(
     teacher: Any, tokenizer: Any, rows: list[Example]
 ) -> None:
-    source = Student(teacher, Sampling(max_tokens=8, seed=1, stop_tokens=(tokenizer.eos_token_id,)), tokenizer)
-    first, alone = source(rows[:6], 2), source(rows[4:5], 2)
-    assert first[4].tokens == alone[0].tokens
+    # A high temperature: another random number is another token.
+    sampling = Sampling(max_tokens=12, temperature=3.0, seed=1, stop_tokens=(tokenizer.eos_token_id,))
+    source = Student(teacher, sampling, tokenizer)
+    first = source(rows[:6], 2)
+    assert [r.tokens for r in source(rows[3:6], 2)] == [r.tokens for r in first[3:]]
     for example, rollout in zip(rows, first, strict=False):
         assert rollout.tokens[: example.prompt_tokens] == example.prompt
         assert rollout.mask == [False] * example.prompt_tokens + [True] * (len(rollout.tokens) - example.prompt_tokens)
@@ -96,6 +98,8 @@ def test_the_teacher_writes_once(teacher: Any, tokenizer: Any, rows: list[Exampl
     no_model = Teacher(None, sampling, tokenizer, again)
     assert [r.tokens for r in no_model(rows[:9], 5)][:4] == [r.tokens for r in written]
     assert cache.path.read_text().splitlines() == lines
+    Teacher(teacher, sampling, tokenizer, cache)(rows[6:11], 1)
+    assert len(cache.path.read_text().splitlines()) == 11, "what is known is not written again"
 
 
 def test_the_cache_belongs_to_weights_and_sampling(teacher: Any, tmp_path: Path) -> None:
