@@ -49,6 +49,6 @@ METHODS: dict[str, Method] = {
         signal="distribution",
         objective="divergence",
         paper="Agarwal et al. 2024, arXiv 2306.13649",
-        when="the student must recover from its own mistakes: on-policy, the best student for its size",
+        when="the student must recover from its own mistakes; start from one that is mostly right",
     ),
 }
