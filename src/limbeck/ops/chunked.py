@@ -1,16 +1,17 @@
 """Divergence, cross-entropy and statistics straight from hidden states and output heads, a chunk of tokens at a time.
 
 The logits of a whole batch, [N, V], are never built: each chunk's values and gradients are computed in the same forward
-pass and only the gradients of the hidden states [N, H] and of the head [V, H] are kept. The gradient in hand is the one
-of `loss_N.sum()`; `backward` scales it where the upstream gradient is one constant (every usual reduction), and
-otherwise sweeps the chunks again with the right weights.
+pass and only the gradients of the hidden states [N, H] and of the head [V, H] are kept. A chunk is large, for the sake
+of the products with the head, and lives in two buffers that all chunks share; between the products it is worked on in
+tiles of a few rows (`tiles.py`), and the gradient by the logits takes their place in the buffer. The gradient in hand
+is the one of `loss_N.sum()`; `backward` scales it where the upstream gradient is one constant (every usual reduction),
+and otherwise sweeps the chunks again with the right weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,14 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.ops.checks import check_request, check_shapes, find_divergence
-from limbeck.ops.statistics import STATS
+from limbeck.ops.tiles import Divergence, Finish, Request, Tile, at_least_float32, tile_rows, tile_terms, token_logprobs
 from limbeck.types import Head, Hidden, Signal, Terms
 
-TILE_BYTES = 36 << 20
-"""Size of one [chunk, V] tile in float32, of which about a dozen live at once. Over 32 MiB glibc gives a freed tile's
-memory back at once; at 16 to 32 MiB its heap kept up to twice as much, and smaller chunks read the head more often."""
+BUFFER_BYTES = 232 << 20
+"""Most bytes of one chunk's logits; student and teacher have such a buffer each."""
 
-Divergence = Callable[..., Tensor]
+CHUNK_TOKENS = 512
+"""Tokens of a chunk, where `BUFFER_BYTES` allows: from there on the products with the head run at nearly full speed."""
+
+HEAD_BLOCK = 16_384
+"""Rows of the head whose gradient is taken at once, where it is summed in another dtype than its products'."""
+
 Weight = Tensor | float
 WeightFunction = Callable[[slice, Tensor | None, Tensor | None], tuple[Weight, Weight]]
 """weights(chunk, student_logprob_n, teacher_logprob_n) -> (w_divergence_n, w_nll_n): the log-probabilities of the
@@ -39,7 +44,7 @@ def head_logits(hidden_NH: Tensor, head: Head) -> Tensor:
     The product is taken in the weight's dtype (autocast's where that is on); bias, scale and soft-cap in float32.
     """
     weight_VH = head.weight_VH[: head.rows]
-    return _finish_logits(F.linear(hidden_NH.to(weight_VH.dtype), weight_VH), head)
+    return Finish.of(head).logits(F.linear(hidden_NH.to(weight_VH.dtype), weight_VH), head.bias_V)
 
 
 def linear_divergence(
@@ -101,24 +106,29 @@ def linear_terms(
     check_shapes(student_hidden_NH, head, signal, tokens_N, temperature, chunk_tokens)
     dtype = _product_dtype(head.weight_VH)
     plan = _Plan(
+        request=Request(
+            divergence=None if divergence is None else find_divergence(divergence),
+            params=tuple(params.items()),
+            temperature=temperature,
+            stats=tuple(stats),
+            student=Finish.of(head),
+            teacher=None if signal is None else Finish.of(signal.head) if isinstance(signal, Hidden) else Finish(),
+        ),
         signal=signal,
         tokens_N=tokens_N,
-        divergence=None if divergence is None else partial(find_divergence(divergence), **params),
-        temperature=temperature,
         weights=weights,
-        stats=tuple(stats),
-        chunk_tokens=chunk_tokens or min(1024, max(16, TILE_BYTES // (4 * head.size))),
+        chunk_tokens=chunk_tokens or _chunk_tokens(head.size, dtype),
         student_dtype=dtype,
         teacher_dtype=_product_dtype(signal.head.weight_VH) if isinstance(signal, Hidden) else dtype,
     )
     inputs = (student_hidden_NH, head.weight_VH, head.bias_V)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         loss_N, divergence_N, nll_N, *values = cast(Any, _LinearTerms).apply(*inputs, head, plan)
-        return Terms(loss_N, divergence_N, nll_N, dict(zip(plan.stats, values, strict=True)))
+        return Terms(loss_N, divergence_N, nll_N, dict(zip(plan.request.stats, values, strict=True)))
     with torch.no_grad():
         columns = _sweep(plan, student_hidden_NH, head)
     return Terms(
-        columns["loss"], columns.get("divergence"), columns.get("nll"), {name: columns[name] for name in plan.stats}
+        columns["loss"], columns.get("divergence"), columns.get("nll"), {name: columns[name] for name in stats}
     )
 
 
@@ -126,12 +136,10 @@ def linear_terms(
 class _Plan:
     """What to compute, apart from the tensors that get a gradient."""
 
+    request: Request
     signal: Signal | None
     tokens_N: Tensor | None
-    divergence: Divergence | None
-    temperature: float
     weights: tuple[float, float] | WeightFunction
-    stats: tuple[str, ...]
     chunk_tokens: int
     student_dtype: torch.dtype
     teacher_dtype: torch.dtype
@@ -139,14 +147,9 @@ class _Plan:
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the per-token values that a sweep returns."""
-        terms = {"divergence": self.divergence is not None, "nll": self.tokens_N is not None}
+        terms = {"divergence": self.request.divergence is not None, "nll": self.tokens_N is not None}
         terms |= dict.fromkeys(("weight_divergence", "weight_nll"), callable(self.weights))
-        return ("loss", *(name for name, asked in terms.items() if asked), *self.stats)
-
-    def temperatures(self, plain: bool) -> set[float]:
-        """Temperatures at which log-probabilities are needed: the divergence's, and 1 if `plain`."""
-        asked = [self.temperature] if self.divergence is not None else []
-        return {*asked, 1.0} if plain else set(asked)
+        return ("loss", *(name for name, asked in terms.items() if asked), *self.request.stats)
 
 
 class _Gradients:
@@ -156,28 +159,39 @@ class _Gradients:
     """
 
     def __init__(self, hidden_NH: Tensor, head: Head, needed: Sequence[bool]) -> None:
-        def zeros(x: Tensor) -> Tensor:
-            return torch.zeros_like(x, dtype=_at_least_float32(x.dtype))
-
         self.head = head
+        self.needs_weight = needed[1]
         self.hidden_NH = torch.zeros_like(hidden_NH) if needed[0] else None
-        self.weight_VH = zeros(head.weight_VH) if needed[1] else None
-        self.bias_V = zeros(head.bias_V) if needed[2] and head.bias_V is not None else None
+        self.weight_VH: Tensor | None = None
+        self.bias_V: Tensor | None = None
+        if needed[2] and head.bias_V is not None:
+            self.bias_V = torch.zeros_like(head.bias_V, dtype=at_least_float32(head.bias_V.dtype))
 
     def add(self, chunk: slice, product_grad_nV: Tensor, hidden_nH: Tensor, weight_VH: Tensor) -> None:
-        """One chunk: the gradient of hidden_nH @ weight_VH.T goes on to its two factors and to the bias."""
-        rows = self.head.rows
-        if self.bias_V is not None:
-            self.bias_V[:rows] += product_grad_nV.sum(0)
-        product_grad_nV = product_grad_nV.to(weight_VH.dtype)
+        """One chunk: the gradient of hidden_nH @ weight_VH.T goes on to its two factors."""
         if self.hidden_NH is not None:
             self.hidden_NH[chunk] = product_grad_nV @ weight_VH
-        if self.weight_VH is None:
+        if not self.needs_weight:
             return
-        if self.weight_VH.dtype == weight_VH.dtype:
-            self.weight_VH[:rows].addmm_(product_grad_nV.T, hidden_nH)  # no second [V, H]
-        else:
-            self.weight_VH[:rows] += product_grad_nV.T @ hidden_nH
+        first, total_VH = self.weight_VH is None, self._weight_sum()
+        if total_VH.dtype == weight_VH.dtype:
+            total_VH.addmm_(product_grad_nV.T, hidden_nH, beta=0 if first else 1)  # 0: what stood there is not read
+            return
+        for start in range(0, self.head.size, HEAD_BLOCK):
+            block = slice(start, min(start + HEAD_BLOCK, self.head.size))
+            part_VH = product_grad_nV[:, block].T @ hidden_nH
+            if first:
+                total_VH[block] = part_VH
+            else:
+                total_VH[block] += part_VH
+
+    def _weight_sum(self) -> Tensor:
+        """The real rows of the head's gradient. Not filled with zeros before: the first chunk writes them."""
+        if self.weight_VH is None:
+            dtype = at_least_float32(self.head.weight_VH.dtype)
+            self.weight_VH = torch.empty_like(self.head.weight_VH, dtype=dtype)
+            self.weight_VH[self.head.size :] = 0
+        return self.weight_VH[: self.head.size]
 
     def scale(self, constant_N: Tensor) -> None:
         """Multiplies all by the one number that `constant_N` holds N times (with N = 0 they are zero anyway)."""
@@ -190,6 +204,8 @@ class _Gradients:
         weight_VH, bias_V = self.weight_VH, self.bias_V
         if weight_VH is not None:
             weight_VH = weight_VH.to(self.head.weight_VH.dtype)
+        elif self.needs_weight:
+            weight_VH = torch.zeros_like(self.head.weight_VH)  # no tokens, or no weight on any
         if bias_V is not None and self.head.bias_V is not None:
             bias_V = bias_V.to(self.head.bias_V.dtype)
         return self.hidden_NH, weight_VH, bias_V, None, None
@@ -210,7 +226,7 @@ class _LinearTerms(torch.autograd.Function):
         ctx.weights = plan.weights
         if callable(plan.weights):
             ctx.weights = columns["weight_divergence"], columns["weight_nll"]
-        stats = [columns[name] for name in plan.stats]
+        stats = [columns[name] for name in plan.request.stats]
         ctx.mark_non_differentiable(*stats)
         return columns["loss"], columns.get("divergence"), columns.get("nll"), *stats
 
@@ -235,76 +251,101 @@ class _LinearTerms(torch.autograd.Function):
             return _take(divergence_weight, chunk), _take(nll_weight, chunk)
 
         again = _Gradients(hidden_NH, head, ctx.needs_input_grad)
-        _sweep(replace(ctx.plan, weights=weights, stats=()), hidden_NH, head, again)
+        request = replace(ctx.plan.request, stats=())
+        _sweep(replace(ctx.plan, request=request, weights=weights), hidden_NH, head, again)
         return again.results()
 
 
 def _sweep(plan: _Plan, hidden_NH: Tensor, head: Head, gradients: _Gradients | None = None) -> dict[str, Tensor]:
-    """One pass over the chunks: the per-token values (N,) by name; `gradients`, if given, are filled.
-
-    Runs with autograd off; each chunk has its own small graph, from the product hidden @ weight.T on, freed at once.
-    """
+    """One pass over the chunks, with autograd off: the per-token values (N,) by name; `gradients` are filled."""
     tokens = hidden_NH.shape[0]
-    dtype = _at_least_float32(plan.student_dtype)
-    columns = {name: hidden_NH.new_zeros(tokens, dtype=dtype) for name in plan.columns}
+    columns = {name: hidden_NH.new_zeros(tokens, dtype=at_least_float32(plan.student_dtype)) for name in plan.columns}
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        cast_head = replace(head, weight_VH=head.weight_VH[: head.rows].to(plan.student_dtype))
+        head = replace(head, weight_VH=head.weight_VH[: head.rows].to(plan.student_dtype))
         signal = _cast_signal(plan)
+        size = min(plan.chunk_tokens, tokens)
+        student_buffer_nV = hidden_NH.new_empty(size, head.size, dtype=plan.student_dtype)
+        teacher_buffer_nV = None
+        if isinstance(signal, Hidden):
+            teacher_buffer_nV = hidden_NH.new_empty(size, head.size, dtype=plan.teacher_dtype)
         for start in range(0, tokens, plan.chunk_tokens):
             chunk = slice(start, min(start + plan.chunk_tokens, tokens))
-            values = _chunk_values(plan, chunk, hidden_NH[chunk].to(plan.student_dtype), cast_head, signal, gradients)
-            for name, value in values.items():
-                columns[name][chunk] = value
+            hidden_nH = hidden_NH[chunk].to(plan.student_dtype)
+            student_nV = torch.mm(hidden_nH, head.weight_VH.T, out=student_buffer_nV[: len(hidden_nH)])
+            teacher_nV = _teacher_chunk(signal, chunk, teacher_buffer_nV)
+            if _work_chunk(plan, chunk, student_nV, teacher_nV, head, signal, gradients, columns):
+                assert gradients is not None
+                gradients.add(chunk, student_nV, hidden_nH, head.weight_VH)
     return columns
 
 
-def _chunk_values(
-    plan: _Plan, chunk: slice, hidden_nH: Tensor, head: Head, signal: Signal | None, gradients: _Gradients | None
-) -> dict[str, Weight]:
-    """The values of one chunk by name; its gradients are added to `gradients`."""
-    learn = gradients is not None
-    tokens_n = None if plan.tokens_N is None else plan.tokens_N[chunk]
-    teacher = _teacher_logprobs(plan, chunk, signal)
-    product_nV = F.linear(hidden_nH, head.weight_VH)
-    product_nV = product_nV.to(_at_least_float32(product_nV.dtype)).requires_grad_(learn)
-    with torch.set_grad_enabled(learn):
-        logits_nV = _finish_logits(product_nV, head)
-        student = {t: _log_softmax(logits_nV, t) for t in plan.temperatures(tokens_n is not None or bool(plan.stats))}
-        terms: dict[str, Tensor] = {}
-        if plan.divergence is not None:
-            terms["divergence"] = plan.divergence(student[plan.temperature], teacher[plan.temperature])
-        if tokens_n is not None:
-            terms["nll"] = -_chosen(student[1.0], tokens_n)
-    values: dict[str, Weight] = {name: term.detach() for name, term in terms.items()}
-    weights = plan.weights
-    if callable(weights):
-        student_n = None if tokens_n is None else _chosen(student[1.0].detach(), tokens_n)
-        teacher_n = None if tokens_n is None or signal is None else _chosen(teacher[1.0], tokens_n)
-        weights = weights(chunk, student_n, teacher_n)
-        values["weight_divergence"], values["weight_nll"] = weights
-    named = zip(("divergence", "nll"), weights, strict=True)
-    weighted = {name: weight for name, weight in named if name in terms and not _is_zero(weight)}
-    values["loss"] = sum((weight * values[name] for name, weight in weighted.items()), 0.0)
-    if gradients is not None and weighted:
-        upstream = [torch.as_tensor(w).to(terms[name]).expand_as(terms[name]) for name, w in weighted.items()]
-        (product_grad_nV,) = torch.autograd.grad([terms[name] for name in weighted], product_nV, upstream)
-        gradients.add(chunk, product_grad_nV, hidden_nH, head.weight_VH)
-    for name in plan.stats:
-        values[name] = STATS[name](student[1.0].detach(), teacher.get(1.0))
-    return values
+def _work_chunk(
+    plan: _Plan,
+    chunk: slice,
+    student_nV: Tensor,
+    teacher_nV: Tensor | None,
+    head: Head,
+    signal: Signal | None,
+    gradients: _Gradients | None,
+    columns: dict[str, Tensor],
+) -> bool:
+    """Fills the columns of one chunk, tile by tile, and puts the gradient by the product in the place of `student_nV`.
+    Returns whether there is one."""
+    learnt = False
+    count = len(student_nV)
+    size = tile_rows(head.size, count, student_nV.device)
+    teacher_bias_V = signal.head.bias_V if isinstance(signal, Hidden) else None
+    for begin in range(0, count, size):
+        rows = slice(begin, min(begin + size, count))
+        place = slice(chunk.start + rows.start, chunk.start + rows.stop)
+        tile = Tile(
+            student_nV[rows],
+            head.bias_V,
+            None if teacher_nV is None else teacher_nV[rows],
+            teacher_bias_V,
+            None if plan.tokens_N is None else plan.tokens_N[place],
+        )
+        divergence_weight, nll_weight = _weights(plan, place, tile)
+        if callable(plan.weights):
+            columns["weight_divergence"][place], columns["weight_nll"][place] = divergence_weight, nll_weight
+        asked = {"divergence": divergence_weight, "nll": nll_weight}
+        weights = {name: _column(weight, columns["loss"][place]) for name, weight in asked.items() if name in columns}
+        kept = weights if gradients is not None else {}
+        values, bias_grad_V = tile_terms(plan.request, tile, kept.get("divergence"), kept.get("nll"))
+        for name, value_n in values.items():
+            columns[name][place] = value_n
+        for name, weight_n in weights.items():
+            if weight_n is not None:
+                columns["loss"][place] += weight_n * values[name]
+        learnt |= any(weight_n is not None for weight_n in kept.values())
+        if gradients is not None and gradients.bias_V is not None and bias_grad_V is not None:
+            gradients.bias_V[: head.size] += bias_grad_V
+    return learnt
 
 
-def _teacher_logprobs(plan: _Plan, chunk: slice, signal: Signal | None) -> dict[float, Tensor]:
-    """The teacher's log-probabilities (n, V) at every temperature that is asked for, detached."""
+def _weights(plan: _Plan, place: slice, tile: Tile) -> tuple[Weight, Weight]:
+    """(w_divergence, w_nll) of a tile's rows: as given, or what the function says."""
+    if not callable(plan.weights):
+        return plan.weights
+    student_n = teacher_n = None
+    if tile.tokens_n is not None:
+        student_n = token_logprobs(plan.request.student.logits(tile.student_nV, tile.student_bias_V), tile.tokens_n)
+        if tile.teacher_nV is not None and plan.request.teacher is not None:
+            teacher_logits_nV = plan.request.teacher.logits(tile.teacher_nV, tile.teacher_bias_V)
+            teacher_n = token_logprobs(teacher_logits_nV, tile.tokens_n)
+    return plan.weights(place, student_n, teacher_n)
+
+
+def _teacher_chunk(signal: Signal | None, chunk: slice, buffer_nV: Tensor | None) -> Tensor | None:
+    """The teacher's products with its head, or its log-probabilities, for the tokens of a chunk."""
     if signal is None:
-        return {}
-    if isinstance(signal, Hidden):
-        logits_nV = head_logits(signal.hidden_NH[chunk], signal.head)
-    else:
-        logits_nV = signal.logprobs_NV[chunk]
-        logits_nV = logits_nV.to(_at_least_float32(logits_nV.dtype))
-    plain = callable(plan.weights) or bool(plan.stats)
-    return {t: _log_softmax(logits_nV, t) for t in plan.temperatures(plain)}
+        return None
+    if not isinstance(signal, Hidden):
+        return signal.logprobs_NV[chunk]
+    weight_VH = signal.head.weight_VH[: signal.head.rows]
+    hidden_nG = signal.hidden_NH[chunk].to(weight_VH.dtype)
+    assert buffer_nV is not None
+    return torch.mm(hidden_nG, weight_VH.T, out=buffer_nV[: len(hidden_nG)])
 
 
 def _cast_signal(plan: _Plan) -> Signal | None:
@@ -315,23 +356,15 @@ def _cast_signal(plan: _Plan) -> Signal | None:
     return replace(plan.signal, head=replace(head, weight_VH=head.weight_VH.to(plan.teacher_dtype)))
 
 
-def _finish_logits(product_NV: Tensor, head: Head) -> Tensor:
-    """softcap(scale * (product + bias)), in float32 at least."""
-    logits_NV = product_NV.to(_at_least_float32(product_NV.dtype))
-    if head.bias_V is not None:
-        logits_NV = logits_NV + head.bias_V[: head.rows]
-    if head.scale != 1:
-        logits_NV = logits_NV * head.scale
-    return logits_NV if head.softcap is None else head.softcap * torch.tanh(logits_NV / head.softcap)
+def _chunk_tokens(vocabulary: int, dtype: torch.dtype) -> int:
+    """`CHUNK_TOKENS`, fewer where their logits would pass `BUFFER_BYTES`, more where the vocabulary is small."""
+    most = max(16, BUFFER_BYTES // (dtype.itemsize * vocabulary))
+    return min(most, max(CHUNK_TOKENS, (1 << 20) // vocabulary))
 
 
-def _log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:
-    return F.log_softmax(logits_NV if temperature == 1 else logits_NV / temperature, dim=-1)
-
-
-def _chosen(logprobs_NV: Tensor, tokens_N: Tensor) -> Tensor:
-    """Log-probability (N,) of each row's token."""
-    return logprobs_NV.gather(-1, tokens_N[:, None]).squeeze(-1)
+def _column(weight: Weight, like_n: Tensor) -> Tensor | None:
+    """A weight (n,) in the columns' dtype; None for a term that is left out."""
+    return None if _is_zero(weight) else torch.as_tensor(weight).to(like_n).expand_as(like_n)
 
 
 def _is_constant(values_N: Tensor) -> bool:
@@ -351,10 +384,6 @@ def _effective_weight(loss_grad_N: Tensor | None, weight: Weight, term_grad_N: T
     """Upstream gradient of one term: what comes through `loss_N` and what comes to the term itself."""
     through_loss = 0.0 if loss_grad_N is None or _is_zero(weight) else loss_grad_N * weight
     return through_loss if term_grad_N is None else through_loss + term_grad_N
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _product_dtype(weight_VH: Tensor) -> torch.dtype:

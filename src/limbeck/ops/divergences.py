@@ -42,7 +42,7 @@ def skew_forward_kl(student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor, *,
 
     Raises ValueError unless 0 <= skew < 1.
     """
-    _check_skew(skew)
+    check_skew(skew)
     return kl(teacher_logprobs_NV, _log_mixture(skew, teacher_logprobs_NV, student_logprobs_NV))
 
 
@@ -51,7 +51,7 @@ def skew_reverse_kl(student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor, *,
 
     Raises ValueError unless 0 <= skew < 1.
     """
-    _check_skew(skew)
+    check_skew(skew)
     return kl(student_logprobs_NV, _log_mixture(skew, student_logprobs_NV, teacher_logprobs_NV))
 
 
@@ -63,11 +63,7 @@ def jsd(
     As beta goes to 0 (or 1) its *direction* goes to forward (reverse) KL and its *size* to zero. `normalize` divides by
     beta (1 - beta), so that the limits are KL(P || Q) and KL(Q || P) themselves. Raises ValueError unless 0 < beta < 1.
     """
-    if not 0 < beta < 1:
-        raise ValueError(
-            f"jsd expects 0 < beta < 1, found {beta}: it vanishes at the ends; "
-            "use forward_kl (its direction at beta = 0) or reverse_kl (at beta = 1)"
-        )
+    check_beta(beta)
     mixture_NV = _log_mixture(beta, teacher_logprobs_NV, student_logprobs_NV)
     value_N = beta * kl(teacher_logprobs_NV, mixture_NV) + (1 - beta) * kl(student_logprobs_NV, mixture_NV)
     return value_N / (beta * (1 - beta)) if normalize else value_N
@@ -101,6 +97,14 @@ def _log_mixture(share: float, logprobs_NV: Tensor, other_logprobs_NV: Tensor) -
     return torch.logaddexp(logprobs_NV + math.log(share), other_logprobs_NV.clamp(min=lowest) + math.log1p(-share))
 
 
-def _check_skew(skew: float) -> None:
+def check_beta(beta: float) -> None:
+    if not 0 < beta < 1:
+        raise ValueError(
+            f"jsd expects 0 < beta < 1, found {beta}: it vanishes at the ends; "
+            "use forward_kl (its direction at beta = 0) or reverse_kl (at beta = 1)"
+        )
+
+
+def check_skew(skew: float) -> None:
     if not 0 <= skew < 1:
         raise ValueError(f"a skew divergence expects 0 <= skew < 1, found {skew}: at 1 it vanishes; 0.1 is usual")
