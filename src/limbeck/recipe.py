@@ -42,7 +42,8 @@ class Layers(Strict):
 class Student(Strict):
     """Exactly one of `path`, `from_teacher`, `from_config`.
 
-    `lora` may stand beside any of them, `tokenizer: teacher` beside a path.
+    `lora` may stand beside any of them, `tokenizer: teacher` beside a path; `freeze` names parts of parameter names
+    that stay as they are.
     """
 
     path: str | None = None
@@ -50,6 +51,7 @@ class Student(Strict):
     from_config: dict[str, Any] | str | None = None
     lora: dict[str, Any] | None = None
     tokenizer: Literal["teacher"] | None = None
+    freeze: list[str] | None = Field(default=None, min_length=1)
 
     def model_post_init(self, _: Any) -> None:
         given = [name for name in ("path", "from_teacher", "from_config") if getattr(self, name) is not None]
@@ -199,6 +201,13 @@ class Recipe(Strict):
     def replaced(self, **changes: Any) -> Recipe:
         """The same recipe with some keys replaced whole."""
         return Recipe.parse({**self.model_dump(exclude_unset=True), "method": self.method, **changes})
+
+    def started_from(self, path: str | Path) -> Recipe:
+        """The recipe with the student that its `init` stage has left at `path`; what is frozen stays frozen."""
+        student: dict[str, Any] = {"path": str(path)}
+        if self.student.freeze is not None:
+            student["freeze"] = self.student.freeze
+        return self.replaced(student=student, init=None)
 
     def with_method(self, method: str, **changes: Any) -> Recipe:
         """The same recipe for another method: keys that are this method's own are left out, `methods.<method>` goes on

@@ -237,3 +237,22 @@ def test_a_lora_student_is_saved_as_a_plain_model(stories: Path, tmp_path: Path)
     assert torch.equal(logits(student), expected)  # merged on a copy
     assert vocabulary_rows(again) == 500
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
+def test_frozen_parts_stay(stories: Path) -> None:
+    spec: dict[str, Any] = {"from_teacher": {"layers": [0, 2]}, "freeze": ["lm_head", "layers.1.mlp"]}
+    model, _ = build_student(spec, str(stories))
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    # stories260k ties its two matrices: one parameter under two names.
+    assert frozen == {"model.embed_tokens.weight"} | {
+        f"model.layers.1.mlp.{x}_proj.weight" for x in ("gate", "up", "down")
+    }
+
+
+@pytest.mark.parametrize(
+    ("freeze", "said"),
+    [(["lm_heads"], "expected parts of parameter names .*found lm_heads"), ([""], "found every parameter")],
+)
+def test_freezing_nothing_or_everything_is_refused(stories: Path, freeze: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        build_student({"from_teacher": {"layers": [0]}, "freeze": freeze}, str(stories))

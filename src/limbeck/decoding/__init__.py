@@ -1,6 +1,7 @@
-"""Writing completions: `generate` is the rollout engine, `Sampling` says how tokens are drawn."""
+"""Writing completions: `generate` is the rollout engine, `Sampling` says how tokens are drawn, `Mix` joins two
+models into one writer."""
 
-from limbeck.decoding.generate import Completion, Prompt, generate
+from limbeck.decoding.generate import Completion, Mix, Prompt, generate
 from limbeck.decoding.sampler import Sampling
 
-__all__ = ["Completion", "Prompt", "Sampling", "generate"]
+__all__ = ["Completion", "Mix", "Prompt", "Sampling", "generate"]

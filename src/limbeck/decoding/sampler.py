@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from limbeck.errors import RecipeError
 
@@ -18,6 +19,7 @@ _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
+_BLOCK = 256  # tokens that `draw` sums at once
 _CANDIDATES = 512  # top-p looks at this many tokens first and sorts the whole vocabulary only where they do not suffice
 
 
@@ -72,6 +74,11 @@ class Sampling:
             _expect(isinstance(string, str) and string != "", "stop_strings", "non-empty strings", string)
 
     @property
+    def filters(self) -> bool:
+        """Whether top-k or top-p rule tokens out."""
+        return self.top_k > 0 or self.top_p < 1
+
+    @property
     def penalises(self) -> bool:
         """Whether a token's chance depends on the tokens before it, beyond what the model makes of them."""
         return (
@@ -122,7 +129,7 @@ def served_logits(logits_BV: torch.Tensor, sampling: Sampling, history: History 
         return logits_BV
     if sampling.temperature != 1:
         logits_BV = logits_BV / sampling.temperature
-    if sampling.top_k or sampling.top_p < 1:
+    if sampling.filters:
         logits_BV = _keep_top(logits_BV, sampling.top_k, sampling.top_p)
     return logits_BV
 
@@ -184,15 +191,39 @@ def _keep_top(logits_BV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor
     return torch.full_like(logits_BV, -math.inf).scatter_(1, tokens_BK, top_BK)
 
 
+def mixed_logits(student_logits_BV: torch.Tensor, teacher_logits_BV: torch.Tensor, share: float) -> torch.Tensor:
+    """log(share p + (1 - share) q), p and q the softmax of the teacher's and the student's logits."""
+    student_BV = student_logits_BV.log_softmax(-1) + math.log1p(-share)
+    if share == 0:
+        return student_BV
+    return torch.logaddexp(student_BV, teacher_logits_BV.log_softmax(-1) + math.log(share))
+
+
 def draw(logits_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
     """One token a row by inversion: the first whose cumulative probability exceeds the uniform (float64, [0, 1)).
 
-    A token of probability 0 is never drawn: it does not raise the sum, and the uniform is scaled by the sum it has.
+    Summed by blocks, so that only the block that is hit is summed token by token. A token of probability 0 is never
+    drawn: it does not raise the sum, and the uniform is scaled by the sum it has.
     """
-    cumulative_BV = logits_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
-    targets_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
-    tokens_B = torch.searchsorted(cumulative_BV, targets_B1, right=True).squeeze(1)
-    return tokens_B.clamp_(max=logits_BV.shape[-1] - 1)  # reached by NaN alone, which the caller reports
+    weights_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).exp_()
+    short = -weights_BV.shape[-1] % _BLOCK
+    blocks_BKW = F.pad(weights_BV, (0, short)).unflatten(-1, (-1, _BLOCK))
+    sums_BK = blocks_BKW.sum(-1, dtype=torch.float64)
+    block_B, rest_B = _invert(sums_BK, uniforms_B * sums_BK.sum(-1))
+    rows_B = torch.arange(len(block_B), device=block_B.device)
+    place_B, _ = _invert(blocks_BKW[rows_B, block_B].double(), rest_B)
+    return (block_B * _BLOCK + place_B).clamp_(max=logits_BV.shape[-1] - 1)  # reached by NaN alone: the caller reports
+
+
+def _invert(weights_BN: torch.Tensor, targets_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the first place whose cumulative weight exceeds the target, what of the target lies in it). Where rounding has
+    put a target past the sum, the last place that has a weight."""
+    cumulative_BN = weights_BN.cumsum(-1)
+    past_B1 = torch.searchsorted(cumulative_BN, targets_B[:, None], right=True)
+    last_B1 = torch.searchsorted(cumulative_BN, cumulative_BN[:, -1:].contiguous())
+    place_B1 = torch.minimum(past_B1, last_B1).clamp_(max=weights_BN.shape[-1] - 1)
+    before_B1 = cumulative_BN.gather(1, place_B1) - weights_BN.gather(1, place_B1)
+    return place_B1[:, 0], targets_B - before_B1[:, 0]
 
 
 def stream_key(seed: int, stream: Sequence[int], sample: int) -> tuple[int, int]:

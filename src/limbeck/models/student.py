@@ -38,6 +38,9 @@ def build_student(
     weights and trains adapters. If `path` is the teacher (`one_copy`), a teacher given as a model is wrapped itself, so
     that its weights are in memory once; run it as the teacher under `adapters_off`.
 
+    `"freeze": ["embed_tokens", "lm_head"]` keeps the parameters whose names hold one of these as they are: a student
+    cut from its teacher starts with the teacher's own embeddings, and a step costs far less without their gradients.
+
     Raises RecipeError (unknown or contradictory keys) and ModelError (files).
     """
     wanted = _checked(spec)
@@ -62,13 +65,30 @@ def build_student(
             model = move(model, device)
         if "lora" in wanted:
             model = with_lora(model, wanted["lora"])
+        if "freeze" in wanted:
+            _freeze(model, wanted["freeze"])
     return model.eval(), tokenizer
+
+
+def _freeze(model: PreTrainedModel, parts: list[str]) -> None:
+    """Raises RecipeError for a part that is in no parameter's name (of tied parameters, either name), and where nothing
+    is left to train."""
+    names = [(name, parameter) for name, parameter in model.named_parameters(remove_duplicate=False)]
+    for part in parts:
+        chosen = [parameter for name, parameter in names if part in name]
+        if not chosen:
+            kinds = sorted({piece for name, _ in names for piece in name.split(".") if not piece.isdigit()})
+            raise RecipeError(f"student.freeze: expected parts of parameter names ({', '.join(kinds)}); found {part}")
+        for parameter in chosen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for _, parameter in names):
+        raise RecipeError(f"student.freeze: expected something left to train; found every parameter in {parts}")
 
 
 def _checked(spec: Any) -> Mapping[str, Any]:
     if isinstance(spec, str | Path):
         return {"path": spec}
-    known = (*_ORIGINS, "lora", "tokenizer")
+    known = (*_ORIGINS, "lora", "tokenizer", "freeze")
     for key in spec:
         if key not in known:
             raise RecipeError(f"student: expected {', '.join(known)}; found {key}{did_you_mean(key, known)}")

@@ -55,7 +55,7 @@ def compare(
     runs: dict[tuple[str, int], Run] = {}
     for (method, seed), cell in cells.items():
         if recipe.init is not None:
-            cell = cell.replaced(student={"path": str(_start(recipe, seed, folder).student_path)})
+            cell = cell.started_from(_start(recipe, seed, folder).student_path)
         runs[method, seed] = _run_cell(cell, limit, folder, console)
     comparison = _comparison(recipe, methods, seeds, limit, runs, folder)
     write_json(folder / "comparison.json", comparison)

@@ -65,7 +65,7 @@ def distill(
     _claim(folder, resume)
     if recipe.init is not None:
         start = _start(recipe, folder / "start", student=student, teacher=teacher, dataset=dataset, quiet=quiet)
-        recipe = recipe.replaced(student={"path": str(start.student_path)}, init=None)
+        recipe = recipe.started_from(start.student_path)
         student = None
     recipe.save(folder / "recipe.yaml")
     parts = build(_as_before(recipe, folder) if resume else recipe, student=student, teacher=teacher, rows=dataset)
