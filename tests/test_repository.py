@@ -27,7 +27,12 @@ from limbeck.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "limbeck"
-PYTHON_FILES = sorted(path for folder in ("src", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+PYTHON_FILES = sorted(
+    path
+    for folder in ("src", "tests", "benchmarks")
+    for path in (ROOT / folder).rglob("*.py")
+    if ".venv" not in path.relative_to(ROOT).parts  # benchmarks/.venv: the peers
+)
 RECIPES = sorted((PACKAGE / "recipes").glob("*.yaml"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HEAVY = ("fastapi", "gguf", "matplotlib", "tensorboard", "trackio", "uvicorn", "vllm", "wandb")

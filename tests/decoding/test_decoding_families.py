@@ -9,7 +9,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from limbeck.decoding import Sampling, generate
-from limbeck.errors import LimbeckError
 
 VOCABULARY = 61
 LLAMA: dict[str, Any] = {
@@ -111,9 +110,3 @@ def test_eager_attention_writes_the_same():
         strict=True,
     ):
         assert one.tokens == other.tokens
-
-
-def test_recurrent_models_are_refused():
-    config = AutoConfig.for_model("mamba", vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1)
-    with pytest.raises(LimbeckError, match="expected a model of attention layers, found LinearAttentionLayer"):
-        generate(AutoModelForCausalLM.from_config(config), [[1, 2]], Sampling(3))

@@ -79,7 +79,7 @@ def test_batch_size_and_order_change_nothing(model: LlamaForCausalLM, n: int):
 def test_prompts_read_in_pieces_change_nothing(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
     prompts = prompts_of(17)
     whole = generate(model, prompts, Sampling(20, n=2))
-    engine = importlib.import_module("limbeck.decoding.generate")  # the package's attribute is the function
+    engine = importlib.import_module("limbeck.decoding.writer")
     monkeypatch.setattr(engine, "_PREFILL_TOKENS", 20)
     monkeypatch.setattr(engine, "_GROWTH", 2)  # and buffers that grow and move all the time
     assert tokens_of(generate(model, prompts, Sampling(20, n=2), batch_size=7)) == tokens_of(whole)

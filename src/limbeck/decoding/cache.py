@@ -20,8 +20,6 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from limbeck.errors import RolloutError
-
 
 @dataclass
 class View:
@@ -105,12 +103,11 @@ def moved(buffer: torch.Tensor, columns: slice, capacity: int, *, axis: int) -> 
     return new
 
 
-def check_attention_only(config: Any) -> None:
-    """RolloutError unless every layer keeps plain keys and values: recurrent states cannot be padded on the left."""
+def beyond_attention(config: Any) -> str | None:
+    """What keeps a model out of `SlotCache`: a layer with more than plain keys and values (recurrent states cannot be
+    padded on the left), or None."""
     plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) not in plain:
-            raise RolloutError(
-                f"expected a model of attention layers, found {type(layer).__name__} at layer {index} of "
-                f"{config.model_type}: use a model without recurrent or compressed states"
-            )
+            return f"{type(layer).__name__} at layer {index} of {config.model_type}"
+    return None
