@@ -89,7 +89,17 @@ class Dense:
     logprobs_NV: torch.Tensor
 
 
-Signal = Hidden | Dense
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """The teacher's likeliest tokens at the student's kept tokens, row by row, and the mass outside them, in log space
+    (temperature 1). `tail_logprob_N` is -inf where the top tokens are all there is."""
+
+    tokens_NK: torch.Tensor
+    logprobs_NK: torch.Tensor
+    tail_logprob_N: torch.Tensor
+
+
+Signal = Hidden | Dense | Sparse
 
 
 class Objective(Protocol):

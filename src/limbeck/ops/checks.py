@@ -9,8 +9,9 @@ from torch import Tensor
 
 from limbeck.errors import PreflightError, RecipeError, did_you_mean
 from limbeck.ops.divergences import DIVERGENCES
+from limbeck.ops.sparse import SPARSE_STATS
 from limbeck.ops.statistics import STATS
-from limbeck.types import Head, Hidden, Signal
+from limbeck.types import Dense, Head, Hidden, Signal, Sparse
 
 
 def find_divergence(divergence: str | Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -44,6 +45,13 @@ def check_request(
     if signal is None and (divergence is not None or of_teacher):
         asked = "a divergence" if divergence is not None else f"statistics {', '.join(of_teacher)}"
         raise RecipeError(f"expected a teacher signal for {asked}, found None: give the teacher's Hidden or Dense")
+    if isinstance(signal, Sparse):
+        beyond = [name for name in stats if name not in SPARSE_STATS]
+        if beyond:
+            raise RecipeError(
+                f"expected statistics that a teacher's top-k allows ({', '.join(SPARSE_STATS)}), found {beyond[0]}: "
+                "leave it out, or give the whole distribution"
+            )
     if divergence is None and params:
         raise RecipeError(f"expected a divergence to take {', '.join(params)}, found None: name one, or drop them")
     if divergence is None and tokens_N is None:
@@ -63,10 +71,14 @@ def check_shapes(
     chunk_tokens: int | None,
 ) -> None:
     """Raises PreflightError for vocabularies that differ in size, ValueError for other shapes and numbers."""
+    if isinstance(signal, Sparse) and temperature != 1:
+        raise RecipeError(
+            f"expected a divergence temperature of 1 for a teacher's top-k + tail, found {temperature}: the tail's "
+            "mass at another temperature is not known; use 1, or the whole distribution"
+        )
     if signal is not None:
-        values = signal.hidden_NH if isinstance(signal, Hidden) else signal.logprobs_NV
-        size = signal.head.size if isinstance(signal, Hidden) else values.shape[1]
-        if size != head.size:
+        values, size = _length_and_vocabulary(signal)
+        if size is not None and size != head.size:
             raise PreflightError(
                 f"expected one vocabulary, found {head.size} tokens in the student's head and {size} in the teacher's "
                 "signal: set Head.rows of both to the tokens that they share (padding rows left out)"
@@ -84,3 +96,12 @@ def check_shapes(
         raise ValueError(f"expected a divergence temperature above 0, found {temperature}: 1 leaves the models as are")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"expected chunk_tokens of at least 1, found {chunk_tokens}: None chooses it")
+
+
+def _length_and_vocabulary(signal: Signal) -> tuple[Tensor, int | None]:
+    """A tensor with a row for every token, and how many tokens the teacher scores (None: not known)."""
+    if isinstance(signal, Hidden):
+        return signal.hidden_NH, signal.head.size
+    if isinstance(signal, Dense):
+        return signal.logprobs_NV, signal.logprobs_NV.shape[1]
+    return signal.logprobs_NK, None

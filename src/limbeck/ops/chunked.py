@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.ops.checks import check_request, check_shapes, find_divergence
+from limbeck.ops.sparse import buckets_of
 from limbeck.ops.tiles import Divergence, Finish, Request, Tile, at_least_float32, tile_rows, tile_terms, token_logprobs
-from limbeck.types import Head, Hidden, Signal, Terms
+from limbeck.types import Dense, Head, Hidden, Signal, Sparse, Terms
 
 BUFFER_BYTES = 232 << 20
 """Most bytes of one chunk's logits; student and teacher have such a buffer each."""
@@ -34,7 +35,7 @@ HEAD_BLOCK = 16_384
 Weight = Tensor | float
 WeightFunction = Callable[[slice, Tensor | None, Tensor | None], tuple[Weight, Weight]]
 """weights(chunk, student_logprob_n, teacher_logprob_n) -> (w_divergence_n, w_nll_n): the log-probabilities of the
-chunk's tokens at temperature 1, detached; None without tokens or without a teacher.
+chunk's tokens at temperature 1, detached; None without tokens or without a teacher's whole distribution.
 Must be stateless. The weight of a term that is not computed is not read."""
 
 
@@ -112,7 +113,7 @@ def linear_terms(
             temperature=temperature,
             stats=tuple(stats),
             student=Finish.of(head),
-            teacher=None if signal is None else Finish.of(signal.head) if isinstance(signal, Hidden) else Finish(),
+            teacher=Finish.of(signal.head) if isinstance(signal, Hidden) else None if signal is None else Finish(),
         ),
         signal=signal,
         tokens_N=tokens_N,
@@ -304,6 +305,7 @@ def _work_chunk(
             None if teacher_nV is None else teacher_nV[rows],
             teacher_bias_V,
             None if plan.tokens_N is None else plan.tokens_N[place],
+            signal.tokens_NK[place] if isinstance(signal, Sparse) else None,
         )
         divergence_weight, nll_weight = _weights(plan, place, tile)
         if callable(plan.weights):
@@ -330,7 +332,7 @@ def _weights(plan: _Plan, place: slice, tile: Tile) -> tuple[Weight, Weight]:
     student_n = teacher_n = None
     if tile.tokens_n is not None:
         student_n = token_logprobs(plan.request.student.logits(tile.student_nV, tile.student_bias_V), tile.tokens_n)
-        if tile.teacher_nV is not None and plan.request.teacher is not None:
+        if tile.teacher_nV is not None and plan.request.teacher is not None and tile.top_tokens_nK is None:
             teacher_logits_nV = plan.request.teacher.logits(tile.teacher_nV, tile.teacher_bias_V)
             teacher_n = token_logprobs(teacher_logits_nV, tile.tokens_n)
     return plan.weights(place, student_n, teacher_n)
@@ -340,7 +342,9 @@ def _teacher_chunk(signal: Signal | None, chunk: slice, buffer_nV: Tensor | None
     """The teacher's products with its head, or its log-probabilities, for the tokens of a chunk."""
     if signal is None:
         return None
-    if not isinstance(signal, Hidden):
+    if isinstance(signal, Sparse):
+        return buckets_of(signal)[chunk]
+    if isinstance(signal, Dense):
         return signal.logprobs_NV[chunk]
     weight_VH = signal.head.weight_VH[: signal.head.rows]
     hidden_nG = signal.hidden_NH[chunk].to(weight_VH.dtype)

@@ -2,7 +2,8 @@
 
 `fast` uses closed forms and never autograd: a handful of elementwise passes, compiled into one where the vocabulary is
 large and a compiler is at hand. `careful` uses autograd over the divergence's own definition: for divergences without a
-closed form, and for a tile with zero probabilities (logits of -inf), where the closed forms give NaN.
+closed form, for a teacher's top-k + tail, and for rows with zero probabilities (logits of -inf), where the closed forms
+give NaN.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.ops.closed_forms import CLOSED_FORMS, Point
+from limbeck.ops.sparse import bucketed, sparse_stat
 from limbeck.ops.statistics import STATS
 from limbeck.types import Head
 
@@ -77,18 +79,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Tile:
-    """Some rows. The weights are (n,), None for a term that takes no part in the loss; `teacher_nV` is a product or
-    log-probabilities."""
+    """Some rows. `teacher_nV` is a product or log-probabilities; with `top_tokens_nK` those of `bucketed`."""
 
     student_nV: Tensor
     student_bias_V: Tensor | None
     teacher_nV: Tensor | None
     teacher_bias_V: Tensor | None
     tokens_n: Tensor | None
+    top_tokens_nK: Tensor | None = None
 
     def others(self) -> tuple[Tensor | None, ...]:
         """All but the student's product."""
-        return self.student_bias_V, self.teacher_nV, self.teacher_bias_V, self.tokens_n
+        return self.student_bias_V, self.teacher_nV, self.teacher_bias_V, self.tokens_n, self.top_tokens_nK
 
 
 Weight = Tensor | None
@@ -103,13 +105,13 @@ def tile_terms(
     w_nll nll) by the student's product takes that product's place, and its sum over rows is returned if the head has a
     bias."""
     student_nV, others = tile.student_nV, (*tile.others(), divergence_weight_n, nll_weight_n)
-    if request.divergence is not None and request.divergence not in CLOSED_FORMS:
+    if tile.top_tokens_nK is not None or request.divergence not in (None, *CLOSED_FORMS):
         return _put(careful, request, student_nV, *others)[:2]
     function = _compiled(request) if _worth_compiling(student_nV) else functools.partial(_put, fast, request)
     values, bias_grad_V, finite_n = function(student_nV, *others)
     if not bool(finite_n.all()):
         rest_n = ~finite_n
-        by_row = (None, tile.teacher_nV, None, tile.tokens_n, divergence_weight_n, nll_weight_n)
+        by_row = (None, tile.teacher_nV, None, tile.tokens_n, None, divergence_weight_n, nll_weight_n)
         rest = [given if x is None else x[rest_n] for x, given in zip(by_row, others, strict=True)]
         student_rest_nV = student_nV[rest_n]
         exact, more_V, _ = _put(careful, request, student_rest_nV, *rest)
@@ -139,6 +141,7 @@ def fast(
     teacher_nV: Tensor | None,
     teacher_bias_V: Tensor | None,
     tokens_n: Tensor | None,
+    top_tokens_nK: Tensor | None,
     divergence_weight_n: Weight,
     nll_weight_n: Weight,
 ) -> tuple[Values, Tensor | None]:
@@ -177,6 +180,7 @@ def careful(
     teacher_nV: Tensor | None,
     teacher_bias_V: Tensor | None,
     tokens_n: Tensor | None,
+    top_tokens_nK: Tensor | None,
     divergence_weight_n: Weight,
     nll_weight_n: Weight,
 ) -> tuple[Values, Tensor | None]:
@@ -185,7 +189,9 @@ def careful(
     learn = any(weight is not None for weight in weights.values())
     product_nV = student_nV.detach().to(at_least_float32(student_nV.dtype)).requires_grad_(learn)
     teacher: dict[float, Tensor] = {}
-    if teacher_nV is not None and request.teacher is not None:
+    if teacher_nV is not None and top_tokens_nK is not None:
+        teacher = {1.0: teacher_nV.to(product_nV.dtype)}
+    elif teacher_nV is not None and request.teacher is not None:
         teacher_logits_nV = request.teacher.logits(teacher_nV, teacher_bias_V)
         teacher = _log_softmaxes(teacher_logits_nV, request.temperatures(bool(request.stats)))
     terms: dict[str, Tensor] = {}
@@ -193,12 +199,18 @@ def careful(
         logits_nV = request.student.logits(product_nV, student_bias_V)
         student = _log_softmaxes(logits_nV, request.temperatures(tokens_n is not None or bool(request.stats)))
         if request.divergence is not None:
-            at = student[request.temperature], teacher[request.temperature]
-            terms["divergence"] = request.divergence(*at, **dict(request.params))
+            log_q_nV, log_p_nV = student[request.temperature], teacher[request.temperature]
+            if top_tokens_nK is not None:
+                log_q_nV = bucketed(log_q_nV, top_tokens_nK)
+            terms["divergence"] = request.divergence(log_q_nV, log_p_nV, **dict(request.params))
         if tokens_n is not None:
             terms["nll"] = -_chosen(student[1.0], tokens_n)
     values = {name: term.detach() for name, term in terms.items()}
-    values |= {name: STATS[name](student[1.0].detach(), teacher.get(1.0)) for name in request.stats}
+    for name in request.stats:
+        if top_tokens_nK is not None:
+            values[name] = sparse_stat(name, student[1.0].detach(), top_tokens_nK, teacher[1.0])
+        else:
+            values[name] = STATS[name](student[1.0].detach(), teacher.get(1.0))
     if not learn:
         return values, None
     weighted = {name: weight for name, weight in weights.items() if weight is not None}
