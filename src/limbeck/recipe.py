@@ -75,6 +75,7 @@ class Sampling(Strict):
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
+    int8: bool = False
 
 
 class Divergence(Strict):

@@ -36,7 +36,8 @@ class Example:
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """One sequence to train on, whoever wrote it. `finish_reason` is `stop` (it ended by itself) or `length`.
-    `index` is the place of its prompt in the data set, to name it in errors."""
+    `index` is the place of its prompt in the data set, to name it in errors. `logprobs`: the writer's own, nats, of the
+    completion's tokens as it drew them, where the student wrote."""
 
     tokens: list[int]
     mask: list[bool]
@@ -44,6 +45,7 @@ class Rollout:
     writer: Writer
     finish_reason: Literal["stop", "length"] = "stop"
     index: int = 0
+    logprobs: list[float] | None = None
 
     def __post_init__(self) -> None:
         if len(self.mask) != len(self.tokens):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,3 +174,17 @@ def test_data_and_models_in_memory(recipe: Any) -> None:
         report=False,
     )
     assert run.metrics["metrics"]["forward_kl"]["mean"] < run.metrics["before"]["forward_kl"]["mean"]
+
+
+def test_how_far_the_writer_is_from_the_student_is_logged(recipe: Any, tmp_path: Path) -> None:
+    """Nothing apart in float32 whoever shares the writing, no number where the student wrote nothing; int8 shows."""
+
+    def logged(name: str, **changes: Any) -> list[dict[str, Any]]:
+        return metrics(distill(recipe("gkd", output=tmp_path / name, **changes), quiet=True, report=False).folder)
+
+    for lmbda in (1.0, 0.5):
+        assert all(abs(step.get("rollout_kl", 0.0)) < 1e-5 for step in logged(f"own-{lmbda}", lmbda=lmbda))
+    assert all("rollout_kl" not in step for step in logged("none", lmbda=0.0))
+    one_by_one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    int8 = logged("int8", lmbda=1.0, sampling={"max_tokens": 8, "int8": True}, training=one_by_one)
+    assert any(1e-5 < abs(step["rollout_kl"]) < 0.5 for step in int8)

@@ -116,7 +116,7 @@ class Padded(Trainer):
     def _collate(self, rollouts: Any) -> dict[str, torch.Tensor]:
         batch = super()._collate(rollouts)
         tokenizer: Any = self.processing_class
-        pad = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "learnt": False}
+        pad = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "learnt": False, "written_logprobs": torch.nan}
         return {
             name: torch.nn.functional.pad(tensor, (0, self.extra), value=pad[name]) if name in pad else tensor
             for name, tensor in batch.items()

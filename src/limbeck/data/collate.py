@@ -23,19 +23,24 @@ def dataset_rollout(example: Example, stop_tokens: Collection[int] = ()) -> Roll
 
 
 def written_rollout(
-    example: Example, completion_tokens: Sequence[int], finish_reason: Literal["stop", "length"], writer: Writer
+    example: Example,
+    completion_tokens: Sequence[int],
+    finish_reason: Literal["stop", "length"],
+    writer: Writer,
+    logprobs: list[float] | None = None,
 ) -> Rollout:
     """The example's prompt and a completion by `writer`, all of which is learnt (its stop token included)."""
     prompt = example.prompt
     mask = [False] * len(prompt) + [True] * len(completion_tokens)
-    return Rollout([*prompt, *completion_tokens], mask, len(prompt), writer, finish_reason, example.index)
+    return Rollout([*prompt, *completion_tokens], mask, len(prompt), writer, finish_reason, example.index, logprobs)
 
 
 def collate(rollouts: Sequence[Rollout], pad_id: int) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask` (B, T; int64) and `learnt` (B, T; bool), padded on the right with `pad_id`.
 
     The attention mask comes from the lengths, never from the ids: pad and EOS may be one token. `learnt[:, 0]` is
-    False: nothing stands before the first token.
+    False: nothing stands before the first token. Where the writer's log-probabilities are known, `written_logprobs`
+    (B, T; float32) holds them at their tokens, NaN elsewhere.
     """
     width = max(len(rollout.tokens) for rollout in rollouts)
     input_ids_BT = torch.full((len(rollouts), width), pad_id)
@@ -47,7 +52,14 @@ def collate(rollouts: Sequence[Rollout], pad_id: int) -> dict[str, torch.Tensor]
         attention_mask_BT[row, :length] = 1
         learnt_BT[row, :length] = torch.tensor(rollout.mask)
     learnt_BT[:, 0] = False
-    return {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "learnt": learnt_BT}
+    batch = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "learnt": learnt_BT}
+    if any(rollout.logprobs is not None for rollout in rollouts):
+        batch["written_logprobs"] = torch.full((len(rollouts), width), torch.nan)
+        for row, rollout in enumerate(rollouts):
+            if rollout.logprobs is not None:
+                completion = slice(rollout.prompt_tokens, len(rollout.tokens))
+                batch["written_logprobs"][row, completion] = torch.tensor(rollout.logprobs)
+    return batch
 
 
 def micro_batches(rollouts: Sequence[Rollout], count: int) -> list[list[Rollout]]:

@@ -18,6 +18,7 @@ NAMES = {
     "completion_tokens": "Completion length",
     "length_limit_share": "Share at the length limit",
     "student_share": "Share written by the student",
+    "rollout_kl": "KL(writer || student)",
     "tokens_per_s": "Tokens a second",
     "grad_norm": "Gradient norm",
     "learning_rate": "Learning rate",

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from limbeck.data import written_rollout
-from limbeck.decoding import Sampling, generate
+from limbeck.decoding import Sampling, generate, int8_weights
 from limbeck.types import Example, Rollout
 
 
 @dataclass
 class Student:
-    """Random numbers come from (sampling.seed, optimiser step, row): no batch, rank or resume changes a token."""
+    """Random numbers come from (sampling.seed, optimiser step, row): no batch, rank or resume changes a token.
+
+    `int8`: it writes with int8 weights (`decoding.int8_weights`) and trains with its own; `rollout_kl` logs how far
+    apart the two are on what was written.
+    """
 
     model: Any
     sampling: Sampling
     tokenizer: Any
+    int8: bool = False
 
     def __call__(self, examples: list[Example], step: int) -> list[Rollout]:
-        completions = generate(
-            self.model,
-            [example.prompt for example in examples],
-            self.sampling,
-            tokenizer=self.tokenizer,
-            streams=[(step, example.index) for example in examples],
-        )
+        with int8_weights(self.model) if self.int8 else nullcontext():
+            completions = generate(
+                self.model,
+                [example.prompt for example in examples],
+                self.sampling,
+                tokenizer=self.tokenizer,
+                streams=[(step, example.index) for example in examples],
+            )
         return [
-            written_rollout(example, completion.tokens, completion.finish_reason, "student")
+            written_rollout(example, completion.tokens, completion.finish_reason, "student", completion.logprobs)
             for example, completion in zip(examples, completions, strict=True)
         ]

@@ -128,6 +128,8 @@ class Trainer(transformers.Trainer):
         self._sums["tokens"] += sum(rollout.learnt for rollout in self.rollouts)
         self._sums["rows"] += len(self.rollouts)
         self._sums["at_limit"] += sum(rollout.finish_reason == "length" for rollout in self.rollouts)
+        for name in ("rollout_kl", "rollout_tokens"):
+            self._sums[name] += 0.0  # on every rank, whoever wrote
         self._sums["by_student"] += sum(rollout.writer == "student" for rollout in self.rollouts)
 
     # -- loss ----------------------------------------------------------------------------------------------------
@@ -164,10 +166,21 @@ class Trainer(transformers.Trainer):
             )
         self._add("divergence", terms.divergence_N)
         self._add("cross_entropy", terms.nll_N)
+        self._add_rollout_kl(inputs, terms.nll_N)
         for name, values_N in terms.stats.items():
             self._add("student_entropy" if name == "entropy" else name, values_N)
         assert num_items_in_batch is not None
         return loss_sum / num_items_in_batch * self.accelerator.num_processes
+
+    def _add_rollout_kl(self, inputs: dict[str, torch.Tensor], nll_N: torch.Tensor | None) -> None:
+        """KL(writer || student) on what the student wrote, nats a token, by its own samples: 0 where the weights that
+        wrote are those that train, in the same precision."""
+        if "written_logprobs" not in inputs or nll_N is None:
+            return
+        gap_N = inputs["written_logprobs"][:, 1:][inputs["learnt"][:, 1:]] + nll_N.detach()
+        gap_N = gap_N[~gap_N.isnan()]
+        self._add("rollout_kl", gap_N)
+        self._sums["rollout_tokens"] += len(gap_N)
 
     def _signal(self, model: Any, inputs: dict[str, torch.Tensor]) -> Hidden | None:
         if self.teacher is None:
@@ -221,12 +234,14 @@ class Trainer(transformers.Trainer):
             torch.distributed.all_reduce(sums)
         totals = dict(zip(names, sums.tolist(), strict=True))
         rows, tokens = max(totals.pop("rows"), 1.0), max(totals.pop("tokens"), 1.0)
+        apart, written = totals.pop("rollout_kl"), totals.pop("rollout_tokens")
         seconds = {f"{part}_s": self._seconds[part] for part in ("rollout", "teacher", "student")}
         numbers = {
             "completion_tokens": tokens / rows,
             "length_limit_share": totals.pop("at_limit") / rows,
             "student_share": totals.pop("by_student") / rows,
             **{name: total / tokens for name, total in totals.items()},
+            **({"rollout_kl": apart / written} if written else {}),
             **seconds,
             "tokens_per_s": tokens / max(sum(seconds.values()), 1e-9),
         }
