@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from limbeck.data import collate, dataset_rollout, examples, micro_batches, written_rollout
+from limbeck.data import collate, dataset_rollout, micro_batches, render, written_rollout
 from limbeck.types import Example, Rollout
 
 
@@ -44,7 +44,7 @@ def test_collate_by_hand_where_pad_is_eos() -> None:
 def test_from_rows_to_a_batch_the_eos_stays_learnt(tiny: PreTrainedTokenizerFast) -> None:
     pad = 0
     assert tiny.pad_token_id == tiny.eos_token_id == pad
-    found = examples([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "bcd"}], tiny)
+    found = render([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "bcd"}], tiny)[0]
     batch = collate([dataset_rollout(example) for example in found], pad)
     eos = batch["input_ids"] == pad
     assert batch["learnt"][eos].tolist() == [True, False, False, True]

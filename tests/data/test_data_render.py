@@ -11,7 +11,7 @@ from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from limbeck.data import describe, examples, read, render
+from limbeck.data import describe, read, render
 from limbeck.errors import DataError
 from limbeck.types import Example
 
@@ -26,12 +26,12 @@ TALK = [
 
 
 def one(tokenizer: Any, row: dict[str, Any], **options: Any) -> Example:
-    return examples([row], tokenizer, **options)[0]
+    return render([row], tokenizer, **options)[0][0]
 
 
 def error(tokenizer: Any, *rows: dict[str, Any], **options: Any) -> str:
     with pytest.raises(DataError) as caught:
-        examples(list(rows), tokenizer, **options)
+        render(list(rows), tokenizer, **options)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -92,7 +92,7 @@ def test_prompt_tokens_of_text(tiny: PreTrainedTokenizerFast) -> None:
 
 def test_stories_are_bos_tokens_eos(stories: PreTrainedTokenizerBase, shared: Path) -> None:
     rows = read(shared / "data" / "tinystories_test.jsonl")[:20]
-    for example, row in zip(examples(rows, stories), rows, strict=True):
+    for example, row in zip(render(rows, stories)[0], rows, strict=True):
         assert example.tokens == [1, *stories(row["text"], add_special_tokens=False)["input_ids"], 1]
         assert example.mask == [False] + [True] * (len(example.tokens) - 1)
         assert example.prompt == [1]
@@ -232,7 +232,7 @@ def test_end_of_turn_that_is_not_eos_ends_a_completion(make_tokenizer: Callable[
 # --- lengths ----------------------------------------------------------------------------------------------------------
 
 
-def test_cut_completions_learn_no_end(tiny: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
+def test_cut_completions_learn_no_end(tiny: PreTrainedTokenizerFast) -> None:
     rows = [
         {"prompt": "ab", "completion": "cd"},
         {"prompt": "ab", "completion": "cdd"},
@@ -246,8 +246,6 @@ def test_cut_completions_learn_no_end(tiny: PreTrainedTokenizerFast, caplog: pyt
     assert "2 completions cut at 4 tokens" in str(summary)
     assert render(rows, tiny, max_length=9, context=5)[1].shortened == 1
     assert render(rows, tiny, context=6)[1].shortened == 0
-    examples(rows, tiny, max_length=4)
-    assert [record.levelname for record in caplog.records] == ["WARNING"] and "2 completions cut" in caplog.text
 
 
 def test_prompts_that_leave_no_room(tiny: PreTrainedTokenizerFast) -> None:

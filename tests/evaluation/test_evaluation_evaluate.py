@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from limbeck.data import examples
+from limbeck.data import render
 from limbeck.data.embedded.problems import rows
 from limbeck.decoding import Completion, Sampling, generate
 from limbeck.errors import DataError, RecipeError, ScoreError
@@ -31,7 +31,7 @@ STORIES = [
 def stories(shared: Path) -> tuple[Any, Any, list[Example]]:
     path = shared / "models" / "stories260k"
     tokenizer = load_tokenizer(path)
-    return load_model(path), tokenizer, examples(STORIES, tokenizer)
+    return load_model(path), tokenizer, render(STORIES, tokenizer)[0]
 
 
 def test_twice_and_in_other_batches_the_same_numbers(stories: tuple[Any, Any, list[Example]]) -> None:
@@ -70,7 +70,7 @@ def test_greedy_scores_are_those_of_transformers_own_text(stories: tuple[Any, An
 
 
 def test_each_number_stands_at_its_seed_and_prompt(tiny: Callable[..., Any], tokenizer: Any) -> None:
-    model, held = tiny(0), examples(rows("eval", 5), tokenizer)
+    model, held = tiny(0), render(rows("eval", 5), tokenizer)[0]
     stops = (tokenizer.eos_token_id,)
     found = evaluate(
         model, tokenizer, held, metrics=["length"], max_tokens=9, stop_tokens=stops, seeds=3, sampling_temperature=0.7
@@ -85,7 +85,7 @@ def test_each_number_stands_at_its_seed_and_prompt(tiny: Callable[..., Any], tok
 
 
 def test_a_model_in_training_is_evaluated_without_dropout(tiny: Callable[..., Any], tokenizer: Any) -> None:
-    model, held = tiny(0, attention_dropout=0.5), examples(rows("eval", 3), tokenizer)
+    model, held = tiny(0, attention_dropout=0.5), render(rows("eval", 3), tokenizer)[0]
     settings: Any = {"metrics": ["length"], "max_tokens": 8, "stop_tokens": ()}
     expected = evaluate(model, tokenizer, held, **settings)
     found = evaluate(model.train(), tokenizer, held, **settings)
@@ -122,21 +122,21 @@ def test_references(tokenizer: Any) -> None:
 
 def test_several_references_reach_the_score(tiny: Callable[..., Any], tokenizer: Any) -> None:
     model = tiny(0)
-    (plain,) = examples([{"prompt": "Ada has", "completion": "nothing"}], tokenizer)
+    (plain,) = render([{"prompt": "Ada has", "completion": "nothing"}], tokenizer)[0]
     settings: Any = {"metrics": ["exact_match"], "max_tokens": 4, "stop_tokens": (), "seeds": 1}
     written = evaluate(model, tokenizer, [plain], **settings).samples[0]["completion"]
     row = {"prompt": "Ada has", "completion": "nothing", "references": ["nothing", written]}
-    found = evaluate(model, tokenizer, examples([row], tokenizer), **settings)
+    found = evaluate(model, tokenizer, render([row], tokenizer)[0], **settings)
     assert found.values["exact_match_greedy"].tolist() == [[1.0]]
 
 
 def test_mistakes_are_named(tiny: Callable[..., Any], tokenizer: Any) -> None:
-    model, held = tiny(0), examples(rows("eval", 2), tokenizer)
+    model, held = tiny(0), render(rows("eval", 2), tokenizer)[0]
     settings: Any = {"max_tokens": 4, "stop_tokens": ()}
     with pytest.raises(DataError, match="at least one example"):
         evaluate(model, tokenizer, [], metrics=["rouge_l"], **settings)
     with pytest.raises(RecipeError, match="did you mean 'rouge_l'"):
         evaluate(model, tokenizer, held, metrics=["rogue_l"], **settings)
-    wordy = examples([{"prompt": "Ada has", "completion": "nothing"}], tokenizer)
+    wordy = render([{"prompt": "Ada has", "completion": "nothing"}], tokenizer)[0]
     with pytest.raises(ScoreError, match=r"score accuracy at prompt 0 \('Ada has'\)"):
         evaluate(model, tokenizer, wordy, metrics=["accuracy"], **settings)

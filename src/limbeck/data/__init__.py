@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from limbeck.data.collate import collate, dataset_rollout, micro_batches, written_rollout
 from limbeck.data.read import mixture_counts, read
-from limbeck.data.render import Summary, describe, examples, render
+from limbeck.data.render import Summary, describe, render
 
 __all__ = [
     "Summary",
     "collate",
     "dataset_rollout",
     "describe",
-    "examples",
     "micro_batches",
     "mixture_counts",
     "read",

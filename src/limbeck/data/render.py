@@ -8,7 +8,6 @@ space before every text, as SentencePiece ones do, put none at a boundary: the d
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,6 @@ from limbeck.types import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LOG = logging.getLogger(__name__)
 TrainOn = Literal["assistant", "last"]
 
 
@@ -66,32 +64,6 @@ class Pieces(NamedTuple):
     learnt: list[bool]
     completion: int
     kind: Literal["text", "plain", "chat"]
-
-
-def examples(
-    rows: Sequence[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    template: str | None = None,
-    train_on: TrainOn = "assistant",
-    context: int | None = None,
-    prompt_tokens: int | None = None,
-    max_length: int | None = None,
-    eos_token_id: int | None = None,
-) -> list[Example]:
-    """`render` without its summary, which is logged instead: as a warning where a completion was cut."""
-    found, summary = render(
-        rows,
-        tokenizer,
-        template=template,
-        train_on=train_on,
-        context=context,
-        prompt_tokens=prompt_tokens,
-        max_length=max_length,
-        eos_token_id=eos_token_id,
-    )
-    LOG.log(logging.WARNING if summary.shortened else logging.INFO, "%s", summary)
-    return found
 
 
 def render(

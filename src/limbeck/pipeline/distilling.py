@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -67,14 +68,17 @@ def distill(
         start = _start(recipe, folder / "start", student=student, teacher=teacher, dataset=dataset, quiet=quiet)
         recipe = recipe.started_from(start.student_path)
         student = None
-    recipe.save(folder / "recipe.yaml")
+    first = int(os.environ.get("RANK", "0")) == 0  # under torchrun every rank trains and evaluates, one writes files
+    if first:
+        recipe.save(folder / "recipe.yaml")
     parts = build(_as_before(recipe, folder) if resume else recipe, student=student, teacher=teacher, rows=dataset)
     command = shlex.join(["limbeck", *sys.argv[1:]])
     dtype = "fp32" if parts.autocast is None else "bf16"
-    write_json(folder / "environment.json", environment(command, recipe.seed, dtype=dtype))
+    if first:
+        write_json(folder / "environment.json", environment(command, recipe.seed, dtype=dtype))
     assessor = Assessor(recipe, parts, memo or folder / "evaluations")
     before = assessor.start()
-    if not quiet:
+    if first and not quiet:
         _say(parts)
     trainer, seconds = train(
         recipe,
@@ -84,14 +88,15 @@ def distill(
         budget=_budget(limit),
         evaluator=assessor.during,
         callbacks=tuple(callbacks),
-        quiet=quiet,
+        quiet=quiet or not first,
     )
     after = assessor.student()
     save_student(parts.student, parts.tokenizer, folder / "student")
     evaluation = assessor.summary(before, after, seconds=seconds, steps=trainer.state.global_step)
-    write_json(folder / "evaluation.json", evaluation)
-    (folder / "student" / "README.md").write_text(model_card(recipe, evaluation))
-    if report:
+    if first:
+        write_json(folder / "evaluation.json", evaluation)
+        (folder / "student" / "README.md").write_text(model_card(recipe, evaluation))
+    if first and report:
         write_report(folder)
     return Run(folder, evaluation)
 
