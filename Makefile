@@ -11,6 +11,13 @@ INPUTS := pyproject.toml constraints.txt
 RUNTIME := .venv/.limbeck-runtime
 DEV := .venv/.limbeck-dev
 
+# What limbeck is measured against, in an environment of its own that shares the pins. `make bench ARGS='--only step'`
+BENCH := benchmarks/.venv
+BENCH_PIP := $(BENCH)/bin/python -m pip --disable-pip-version-check
+PEERS := 'trl==1.16.*' 'liger-kernel==0.8.*'
+PEERS_STAMP := $(BENCH)/.limbeck-peers
+ARGS ?=
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -22,16 +29,16 @@ help:
 	@echo 'make slow         the tests that take longer'
 	@echo 'make real         the tests on real models (they need ../shared)'
 	@echo 'make mutate       breaks the code in the ways of tests/mutations.toml: a test must notice each'
-	@echo 'make bench        peak memory and time of the chunked divergence at a real vocabulary'
+	@echo 'make bench        limbeck beside trl, liger and transformers: speed and peak memory (ARGS=--help: which rows)'
 	@echo 'make clean        removes .venv and caches'
 
 # python3 -m venv of Debian needs the package python3-venv. A folder left half made is made again.
-$(BIN)/python:
+$(BIN)/python $(BENCH)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'make: expected Python 3.11 or newer, found "$(PYTHON)" missing or older: make PYTHON=python3.12 ...' >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo 'make: expected Python with venv and ensurepip, found none: apt-get install python3-venv' >&2; exit 1; }
-	$(PYTHON) -m venv --clear .venv
+	$(PYTHON) -m venv --clear $(@:/bin/python=)
 
 # torch first and at its pin, so that no other package's range chooses the build. hatchling comes from the constraints
 # too, hence no isolated build.
@@ -45,6 +52,14 @@ $(RUNTIME): $(INPUTS) | $(BIN)/python
 $(DEV): $(RUNTIME)
 	@echo 'make: installing what the tests need into .venv'
 	$(PIP) install -qq -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# gguf: ../shared/get-model makes its models with it.
+$(PEERS_STAMP): $(INPUTS) Makefile | $(BENCH)/bin/python
+	@echo 'make: installing limbeck and its peers into $(BENCH) (minutes, the first time)'
+	$(BENCH_PIP) install -qq -c constraints.txt torch
+	$(BENCH_PIP) install -qq -c constraints.txt hatchling editables
+	$(BENCH_PIP) install -qq -c constraints.txt --no-build-isolation -e '.[gguf]' $(PEERS)
 	@touch $@
 
 quickstart: $(RUNTIME)
@@ -69,8 +84,8 @@ real: $(DEV)
 mutate: $(DEV)
 	$(BIN)/python tests/mutate.py
 
-bench: $(RUNTIME)
-	$(BIN)/python benchmarks/memory.py
+bench: $(PEERS_STAMP)
+	$(BENCH)/bin/python -m benchmarks.run $(ARGS)
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache build dist
+	rm -rf .venv $(BENCH) .pytest_cache .ruff_cache .import_linter_cache build dist
