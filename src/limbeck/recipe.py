@@ -163,6 +163,11 @@ class Recipe(Strict):
         for key in value:
             if key in OWNED_TRAINING_KEYS:
                 raise ValueError(f"`{key}` is limbeck's: {OWNED_TRAINING_KEYS[key]}")
+            if (key, value[key]) == ("train_sampling_strategy", "batch_rebalance"):
+                raise ValueError(
+                    "train_sampling_strategy: expected random, sequential or group_by_length; found "
+                    "batch_rebalance: limbeck balances the micro-batches of a step itself"
+                )
             if key not in known:
                 raise ValueError(
                     f"no argument of transformers.TrainingArguments is called {key!r}{did_you_mean(key, known)}"

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,31 @@ def test_every_epoch_has_every_row_once_in_another_order() -> None:
     assert epochs[0] != epochs[1] != epochs[2]
     assert list(EpochOrder(50, seed=2)) != epochs[0]
     assert order.rows(40, 120) == (epochs[0] + epochs[1] + epochs[2])[40:120]
+    assert EpochOrder(5, seed=1, strategy="sequential").rows(3, 8) == [3, 4, 0, 1, 2]
+
+
+def test_rows_grouped_by_length_are_all_there_and_their_batches_alike() -> None:
+    lengths: Any = np.random.default_rng(0).integers(10, 400, size=1003)
+    order = EpochOrder(1003, seed=1, strategy="group_by_length", lengths=lengths, batch=8)
+    rows = order.permutation(0)
+    assert sorted(rows) == list(range(1003)) and rows == order.permutation(0) != order.permutation(1)
+    batches = [lengths[rows[start : start + 8]] for start in range(0, 1000, 8)]
+    spread = [int(batch.max() - batch.min()) for batch in batches]
+    padding = 1 - sum(batch.sum() for batch in batches) / sum(batch.max() * len(batch) for batch in batches)
+    assert max(spread[:50]) < 30 and padding < 0.05
+    firsts = [int(batch[0]) for batch in batches[:50]]
+    assert firsts != sorted(firsts)  # short and long ones alternate
+
+
+def test_grouping_by_length_reaches_the_trainer(recipe: Any, tmp_path: Path) -> None:
+    shares: dict[str, float] = {}
+    for strategy in ("random", "group_by_length"):
+        training = {"train_sampling_strategy": strategy, "per_device_train_batch_size": 6, "max_steps": 4}
+        made = recipe("sft", output=tmp_path / strategy, training=training)
+        shares[strategy] = sum(row["padding_share"] for row in metrics(distill(made, quiet=True, report=False).folder))
+    assert shares["group_by_length"] < 0.7 * shares["random"]
+    with pytest.raises(RecipeError, match="found batch_rebalance"):
+        recipe("sft", training={"train_sampling_strategy": "batch_rebalance"})
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

@@ -17,6 +17,7 @@ NAMES = {
     "agreement": "Teacher–student agreement",
     "completion_tokens": "Completion length",
     "length_limit_share": "Share at the length limit",
+    "padding_share": "Padding",
     "student_share": "Share written by the student",
     "rollout_kl": "KL(writer || student)",
     "tokens_per_s": "Tokens a second",

@@ -1,19 +1,29 @@
-"""The order of rows: one permutation an epoch, a function of the seed alone."""
+"""The order of rows: one an epoch, a function of the seed alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
 
+WINDOW = 50
+"""Optimiser batches among which rows are grouped by length: few lengths a batch, and still a mixture over time."""
+
 
 class EpochOrder(Sampler[int]):
-    """Row numbers of one epoch, shuffled by (seed, epoch)."""
+    """Row numbers of one epoch, by transformers' `train_sampling_strategy`: `random`, shuffled by (seed, epoch);
+    `sequential`, as they stand; `group_by_length`, shuffled, then sorted by `lengths` within windows of `WINDOW`
+    batches of `batch` rows, whose batches are shuffled again: little is padded."""
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(
+        self, size: int, seed: int, *, strategy: str = "random", lengths: Sequence[int] = (), batch: int = 1
+    ) -> None:
         self.size = size
         self.seed = seed
+        self.strategy = strategy
+        self.lengths = np.asarray(lengths)
+        self.batch = batch
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -26,7 +36,23 @@ class EpochOrder(Sampler[int]):
         self.epoch = epoch
 
     def permutation(self, epoch: int) -> list[int]:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.size).tolist()
+        if self.strategy == "sequential":
+            return list(range(self.size))
+        generator = np.random.default_rng((self.seed, epoch))
+        order = generator.permutation(self.size)
+        if self.strategy == "group_by_length":
+            order = self._grouped(order, generator)
+        return order.tolist()
+
+    def _grouped(self, order: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        grouped: list[np.ndarray] = []
+        for start in range(0, self.size, WINDOW * self.batch):
+            window = order[start : start + WINDOW * self.batch]
+            window = window[np.argsort(self.lengths[window], kind="stable")]
+            whole = len(window) // self.batch
+            batches = window[: whole * self.batch].reshape(whole, self.batch)
+            grouped += [*generator.permutation(batches), window[whole * self.batch :]]
+        return np.concatenate(grouped)
 
     def rows(self, start: int, stop: int) -> list[int]:
         """The rows drawn from place `start` to `stop`, counted over epochs."""

@@ -89,7 +89,14 @@ class Trainer(transformers.Trainer):
     # -- data: one optimiser step's rows in, its micro-batches out -------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
-        self._order = EpochOrder(len(self.train_dataset), self.args.seed)  # pyright: ignore[reportArgumentType]
+        examples: list[Example] = self.train_dataset  # pyright: ignore[reportAssignmentType]
+        self._order = EpochOrder(
+            len(examples),
+            self.args.seed,
+            strategy=self.args.train_sampling_strategy,
+            lengths=[len(example.tokens) for example in examples],
+            batch=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+        )
         return self._order
 
     def upcoming(self, step: int, steps: int = 16) -> list[Example]:
@@ -117,6 +124,9 @@ class Trainer(transformers.Trainer):
         learnt = torch.tensor(sum(rollout.learnt for rollout in self.rollouts), device=device)
         total = self.accelerator.gather(learnt.reshape(1)).sum().clamp(min=1)  # pyright: ignore
         self._count_rollouts(total)
+        for batch in micro:
+            self._sums["cells"] += batch["attention_mask"].numel()
+            self._sums["padding"] += (batch["attention_mask"] == 0).sum()
         return micro, total
 
     def _collate(self, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:
@@ -239,6 +249,7 @@ class Trainer(transformers.Trainer):
         numbers = {
             "completion_tokens": tokens / rows,
             "length_limit_share": totals.pop("at_limit") / rows,
+            "padding_share": totals.pop("padding", 0.0) / max(totals.pop("cells", 0.0), 1.0),
             "student_share": totals.pop("by_student") / rows,
             **{name: total / tokens for name, total in totals.items()},
             **({"rollout_kl": apart / written} if written else {}),
