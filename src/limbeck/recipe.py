@@ -67,6 +67,7 @@ class Data(Strict):
     train_on: Literal["assistant", "last"] = "assistant"
     prompt_tokens: int | None = Field(default=None, ge=1)
     max_length: int | None = Field(default=None, ge=2)
+    split: bool = False
     rows: int | None = Field(default=None, ge=1)
 
 

@@ -248,6 +248,22 @@ def test_cut_completions_learn_no_end(tiny: PreTrainedTokenizerFast) -> None:
     assert render(rows, tiny, context=6)[1].shortened == 0
 
 
+def test_split_texts_go_on_in_further_examples(tiny: PreTrainedTokenizerFast) -> None:
+    rows = [{"text": "abcdabc"}, {"text": "ab"}]
+    (whole, short), _ = render(rows, tiny)
+    found, summary = render(rows, tiny, max_length=4, split=True)
+    first, limit = whole.tokens[0], 4
+    assert all(len(example.tokens) <= limit and example.tokens[0] == first for example in found[:-1])
+    joined = found[0].tokens + [token for example in found[1:-1] for token in example.tokens[1:]]
+    assert joined == whole.tokens and found[-1].tokens == short.tokens
+    # What is learnt of the whole is learnt once: no token is lost or counted twice.
+    assert sum(sum(example.mask[1:]) for example in found) == sum(whole.mask[1:]) + sum(short.mask[1:])
+    assert [example.index for example in found] == list(range(len(found))) and summary.shortened == 0
+    assert found[1].row == rows[0] and found[1].prompt_tokens == 1
+    with pytest.raises(DataError, match="data.split: expected rows of text"):
+        render([{"prompt": "a", "completion": "b"}], tiny, max_length=4, split=True)
+
+
 def test_prompts_that_leave_no_room(tiny: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": "a"}, {"prompt": "abcd"}, {"prompt": "abcdd"}]
     message = error(tiny, *rows, max_length=4)

@@ -75,6 +75,7 @@ def render(
     context: int | None = None,
     prompt_tokens: int | None = None,
     max_length: int | None = None,
+    split: bool = False,
     eos_token_id: int | None = None,
 ) -> tuple[list[Example], Summary]:
     """Tokens and loss masks of normalised rows (`read`), in their order, and what became of them.
@@ -90,7 +91,8 @@ def render(
     A row without a completion (messages that end with the user): its prompt, ready for an answer.
 
     Every last completion ends in the template's end-of-turn token or in EOS, once. A completion beyond `max_length` or
-    `context` (the model's) is cut there and counted, and no end is learnt.
+    `context` (the model's) is cut there and counted, and no end is learnt; with `split`, what a text has left over goes
+    on in further examples, each behind the text's first token.
 
     template: None (plain text; messages take the tokenizer's own), "chat" (the tokenizer's own) or a Jinja template.
     eos_token_id: the tokenizer's unless given.
@@ -115,15 +117,21 @@ def render(
     wanted = 1 if prompt_tokens is None else prompt_tokens
     if not 1 <= wanted < (float("inf") if limit is None else limit):
         raise DataError(f"data.prompt_tokens: expected at least 1 and less than the limit of {limit}, found {wanted}")
+    if split and set(kinds) != {"text"}:
+        raise DataError("data.split: expected rows of text to split, found prompts or messages: leave it out")
     found: list[Example] = []
     shortened = short_prompts = 0
-    for index, (row, kind, whole) in enumerate(zip(rows, kinds, _assembled(tokenizer, pieces, eos), strict=True)):
-        tokens, mask, start = whole
-        shortened += limit is not None and len(tokens) > limit
+    for row, kind, (tokens, mask, start) in zip(rows, kinds, _assembled(tokenizer, pieces, eos), strict=True):
         if kind == "text":
             start = min(wanted, len(tokens[:limit]) - 1)
             short_prompts += start < wanted
-        found.append(Example(tokens[:limit], mask[:limit], start, row, index))
+        shortened += limit is not None and len(tokens) > limit and not split
+        found.append(Example(tokens[:limit], mask[:limit], start, row, len(found)))
+        if split and limit is not None:
+            for place in range(limit, len(tokens), limit - 1):
+                end = place + limit - 1
+                rest, learnt = [tokens[0], *tokens[place:end]], [mask[0], *mask[place:end]]
+                found.append(Example(rest, learnt, min(wanted, len(rest) - 1), row, len(found)))
     if limit is not None:
         _check_room(found, limit, "data.max_length" if limit == max_length else "the model's context")
     return found, _summary(found, kinds, limit, shortened, short_prompts)

@@ -239,6 +239,7 @@ def _data(recipe: Recipe, tokenizer: Any, model: Any, rows: Any) -> tuple[list[E
         "context": getattr(model.config, "max_position_embeddings", None),
         "max_length": recipe.data.max_length,
         "prompt_tokens": recipe.data.prompt_tokens,
+        "split": recipe.data.split,
     }
     training = read(source, columns=recipe.data.columns)[: recipe.data.rows]
     if recipe.data.eval is not None:
