@@ -108,3 +108,16 @@ def test_every_method_has_a_recipe_class() -> None:
     from limbeck.methods import METHODS
 
     assert RECIPES.keys() == METHODS.keys()
+
+
+def test_what_is_frozen_stays_frozen_after_the_start() -> None:
+    student = {"from_teacher": {"layers": [0]}, "freeze": ["embed_tokens"]}
+    recipe = Recipe.parse({"method": "kd", "teacher": "t", "student": student, "init": "sft"})
+    started = recipe.started_from("runs/start")
+    assert started.student.model_dump(exclude_none=True) == {"path": "runs/start", "freeze": ["embed_tokens"]}
+    assert started.init is None
+
+
+def test_writing_in_int8_belongs_to_the_method_that_writes() -> None:
+    with pytest.raises(RecipeError, match="int8_rollouts"):
+        Recipe.parse({"method": "kd", "teacher": "t", "student": "s", "int8_rollouts": True})

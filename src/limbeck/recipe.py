@@ -76,7 +76,6 @@ class Sampling(Strict):
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
-    int8: bool = False
 
 
 class Divergence(Strict):
@@ -259,6 +258,7 @@ class GKD(Recipe):
     lmbda: float = Field(default=1.0, ge=0, le=1)
     lmbda_unit: Literal["sequence", "step"] = "sequence"
     offline: Literal["dataset", "teacher"] = "dataset"
+    int8_rollouts: bool = False
 
 
 RECIPES: dict[str, type[Recipe]] = {"sft": SFT, "seqkd": SeqKD, "kd": KD, "gkd": GKD}

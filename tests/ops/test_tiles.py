@@ -87,7 +87,7 @@ def test_compiled_is_what_a_large_vocabulary_gets(monkeypatch: pytest.MonkeyPatc
 
     def compiled(request: tiles.Request) -> Any:
         asked.append(request)
-        return lambda *given: tiles._put(tiles.fast, request, *given)  # pyright: ignore[reportPrivateUsage]
+        return lambda tile: tiles._put(tiles.fast, request, tile)  # pyright: ignore[reportPrivateUsage]
 
     monkeypatch.setattr(tiles, "_compiled", compiled)
     monkeypatch.setattr(tiles, "_compiler_at_hand", lambda: True)
@@ -112,8 +112,8 @@ def test_rows_with_zero_probabilities_among_others(name: str) -> None:
     request = tiles.Request(DIVERGENCES[name], (), 1.0, (), tiles.Finish(), tiles.Finish())
     product = logits.clone()
     ones = torch.ones(N, dtype=torch.float64)
-    tile = tiles.Tile(product, torch.zeros_like(logits[0]), teacher, None, None)
-    values, bias_grad = tiles.tile_terms(request, tile, ones, None)
+    tile = tiles.Tile(product, torch.zeros_like(logits[0]), teacher, divergence_weight_n=ones)
+    values, bias_grad = tiles.tile_terms(request, tile)
     torch.testing.assert_close(values["divergence"], expected)
     torch.testing.assert_close(product[finite], grad[finite])
     assert bias_grad is not None

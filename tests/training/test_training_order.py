@@ -212,5 +212,5 @@ def test_how_far_the_writer_is_from_the_student_is_logged(recipe: Any, tmp_path:
         assert all(abs(step.get("rollout_kl", 0.0)) < 1e-5 for step in logged(f"own-{lmbda}", lmbda=lmbda))
     assert all("rollout_kl" not in step for step in logged("none", lmbda=0.0))
     one_by_one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
-    int8 = logged("int8", lmbda=1.0, sampling={"max_tokens": 8, "int8": True}, training=one_by_one)
+    int8 = logged("int8", lmbda=1.0, int8_rollouts=True, training=one_by_one)
     assert any(1e-5 < abs(step["rollout_kl"]) < 0.5 for step in int8)

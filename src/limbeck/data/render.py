@@ -122,19 +122,27 @@ def render(
     found: list[Example] = []
     shortened = short_prompts = 0
     for row, kind, (tokens, mask, start) in zip(rows, kinds, _assembled(tokenizer, pieces, eos), strict=True):
-        if kind == "text":
-            start = min(wanted, len(tokens[:limit]) - 1)
-            short_prompts += start < wanted
         shortened += limit is not None and len(tokens) > limit and not split
-        found.append(Example(tokens[:limit], mask[:limit], start, row, len(found)))
-        if split and limit is not None:
-            for place in range(limit, len(tokens), limit - 1):
-                end = place + limit - 1
-                rest, learnt = [tokens[0], *tokens[place:end]], [mask[0], *mask[place:end]]
-                found.append(Example(rest, learnt, min(wanted, len(rest) - 1), row, len(found)))
+        for part, learnt in _parts(tokens, mask, limit, split):
+            if kind == "text":
+                start = min(wanted, len(part) - 1)
+                short_prompts += start < wanted
+            found.append(Example(part, learnt, start, row, len(found)))
     if limit is not None:
         _check_room(found, limit, "data.max_length" if limit == max_length else "the model's context")
     return found, _summary(found, kinds, limit, shortened, short_prompts)
+
+
+def _parts(
+    tokens: list[int], mask: list[bool], limit: int | None, split: bool
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """The first `limit` tokens with their mask; with `split`, the rest in parts of at most `limit`, each behind the
+    first token."""
+    yield tokens[:limit], mask[:limit]
+    if split and limit is not None:
+        for place in range(limit, len(tokens), limit - 1):
+            end = place + limit - 1
+            yield [tokens[0], *tokens[place:end]], [mask[0], *mask[place:end]]
 
 
 def _summary(found: list[Example], kinds: list[str], limit: int | None, shortened: int, short_prompts: int) -> Summary:

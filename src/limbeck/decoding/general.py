@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from limbeck.decoding.records import Completion, Row, finished, nothing_to_draw
 from limbeck.decoding.sampler import History, Sampling, draw, served_logits, uniforms
 from limbeck.models import unwrap
+from limbeck.ops.tiles import token_logprobs
 
 
 def write_with_transformers(
@@ -89,7 +90,7 @@ class _Drawing(LogitsProcessor):
             tokens_B = served_BV.argmax(-1)
         else:
             tokens_B = draw(served_BV, uniforms(self.key_B, self.gamma_B, torch.full_like(self.key_B, written)))
-        logprobs_B = logits_BV.log_softmax(-1).gather(1, tokens_B[:, None])[:, 0]
+        logprobs_B = token_logprobs(logits_BV, tokens_B)
         for place, (token, logprob) in enumerate(zip(tokens_B.tolist(), logprobs_B.tolist(), strict=True)):
             if not self.stopped[place]:
                 self.tokens[place].append(token)

@@ -16,6 +16,7 @@ from limbeck.decoding.cache import SlotCache, View, moved
 from limbeck.decoding.records import Completion, Row, finished, nothing_to_draw
 from limbeck.decoding.sampler import History, Sampling, draw, mixed_logits, served_logits, uniforms
 from limbeck.models import unwrap
+from limbeck.ops.tiles import token_logprobs
 
 _PREFILL_TOKENS = 16_384  # prompt tokens, padding included, in one forward
 _GROWTH = 64  # columns that the buffers grow by, at least
@@ -183,8 +184,7 @@ class _Writer:
         column = self.column - self.base
         self.tokens_ST[rows, column] = tokens_B
         for logprobs_ST, logits_BV in zip(self.logprobs_MST, logits_MBV, strict=True):
-            chosen_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1)
-            logprobs_ST[rows, column] = chosen_B - logits_BV.logsumexp(-1)
+            logprobs_ST[rows, column] = token_logprobs(logits_BV, tokens_B)
 
     def _retire(self) -> None:
         """Rows that have ended leave, and the last ones of the batch take their slots."""

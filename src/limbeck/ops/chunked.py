@@ -34,7 +34,8 @@ HEAD_BLOCK = 16_384
 
 Weight = Tensor | float
 WeightFunction = Callable[[slice, Tensor | None, Tensor | None], tuple[Weight, Weight]]
-"""weights(chunk, student_logprob_n, teacher_logprob_n) -> (w_divergence_n, w_nll_n): the log-probabilities of the
+"""weights(chunk, student_logprob_n, teacher_logprob_n) -> (w_divergence_n, w_nll_n), called for a tile of a chunk's
+rows at a time, `chunk` being those rows among all: the log-probabilities of the
 chunk's tokens at temperature 1, detached; None without tokens or without a teacher's whole distribution.
 Must be stateless. The weight of a term that is not computed is not read."""
 
@@ -96,7 +97,7 @@ def linear_terms(
     `divergence` is a key of `DIVERGENCES` or a function like its entries, given `params`; both models' logits are
     divided by `temperature` for it (no hidden factor of T^2). The likelihood, the weights' arguments and `stats` (keys
     of `STATS`) are at temperature 1. `weights` = (w_divergence, w_nll), by default (1, 0), or (0, 1) without a
-    divergence, or a function called once a chunk. `chunk_tokens` trades memory for speed and changes no result.
+    divergence, or a function called once a tile of rows. `chunk_tokens` trades memory for speed and changes no result.
 
     Raises RecipeError for unknown names and terms that lack their teacher, PreflightError where the vocabularies differ
     in size, ValueError for shapes and numbers out of range.
@@ -313,7 +314,8 @@ def _work_chunk(
         asked = {"divergence": divergence_weight, "nll": nll_weight}
         weights = {name: _column(weight, columns["loss"][place]) for name, weight in asked.items() if name in columns}
         kept = weights if gradients is not None else {}
-        values, bias_grad_V = tile_terms(plan.request, tile, kept.get("divergence"), kept.get("nll"))
+        tile = tile._replace(divergence_weight_n=kept.get("divergence"), nll_weight_n=kept.get("nll"))
+        values, bias_grad_V = tile_terms(plan.request, tile)
         for name, value_n in values.items():
             columns[name][place] = value_n
         for name, weight_n in weights.items():

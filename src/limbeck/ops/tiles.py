@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -77,47 +77,43 @@ class Request:
         return {*asked, 1.0} if plain else set(asked)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Some rows. `teacher_nV` is a product or log-probabilities; with `top_tokens_nK` those of `bucketed`."""
+class Tile(NamedTuple):
+    """Some rows. `teacher_nV` is a product or log-probabilities; with `top_tokens_nK` those of `bucketed`. The weights
+    are (n,), None for a term that takes no part in the loss."""
 
     student_nV: Tensor
-    student_bias_V: Tensor | None
-    teacher_nV: Tensor | None
-    teacher_bias_V: Tensor | None
-    tokens_n: Tensor | None
+    student_bias_V: Tensor | None = None
+    teacher_nV: Tensor | None = None
+    teacher_bias_V: Tensor | None = None
+    tokens_n: Tensor | None = None
     top_tokens_nK: Tensor | None = None
+    divergence_weight_n: Tensor | None = None
+    nll_weight_n: Tensor | None = None
 
-    def others(self) -> tuple[Tensor | None, ...]:
-        """All but the student's product."""
-        return self.student_bias_V, self.teacher_nV, self.teacher_bias_V, self.tokens_n, self.top_tokens_nK
+    def rows(self, chosen_n: Tensor) -> Tile:
+        """The chosen rows, copied; the biases are of all rows."""
+        of_rows = {name: value for name, value in self._asdict().items() if value is not None and name[-2:] != "_V"}
+        return self._replace(**{name: value[chosen_n] for name, value in of_rows.items()})
 
 
-Weight = Tensor | None
 Values = dict[str, Tensor]
 """Per-token values (n,) by name: `divergence`, `nll`, statistics."""
 
 
-def tile_terms(
-    request: Request, tile: Tile, divergence_weight_n: Weight, nll_weight_n: Weight
-) -> tuple[Values, Tensor | None]:
+def tile_terms(request: Request, tile: Tile) -> tuple[Values, Tensor | None]:
     """Values of a tile, with autograd off. Where there is a weight, the gradient of sum(w_divergence divergence +
     w_nll nll) by the student's product takes that product's place, and its sum over rows is returned if the head has a
     bias."""
-    student_nV, others = tile.student_nV, (*tile.others(), divergence_weight_n, nll_weight_n)
     if tile.top_tokens_nK is not None or request.divergence not in (None, *CLOSED_FORMS):
-        return _put(careful, request, student_nV, *others)[:2]
-    function = _compiled(request) if _worth_compiling(student_nV) else functools.partial(_put, fast, request)
-    values, bias_grad_V, finite_n = function(student_nV, *others)
+        return _put(careful, request, tile)[:2]
+    function = _compiled(request) if _worth_compiling(tile.student_nV) else functools.partial(_put, fast, request)
+    values, bias_grad_V, finite_n = function(tile)
     if not bool(finite_n.all()):
-        rest_n = ~finite_n
-        by_row = (None, tile.teacher_nV, None, tile.tokens_n, None, divergence_weight_n, nll_weight_n)
-        rest = [given if x is None else x[rest_n] for x, given in zip(by_row, others, strict=True)]
-        student_rest_nV = student_nV[rest_n]
-        exact, more_V, _ = _put(careful, request, student_rest_nV, *rest)
-        student_nV[rest_n] = student_rest_nV
+        rest = tile.rows(~finite_n)
+        exact, more_V, _ = _put(careful, request, rest)
+        tile.student_nV[~finite_n] = rest.student_nV
         for name, value_n in exact.items():
-            values[name][rest_n] = value_n
+            values[name][~finite_n] = value_n
         bias_grad_V = None if bias_grad_V is None or more_V is None else bias_grad_V + more_V
     return values, bias_grad_V
 
@@ -131,41 +127,27 @@ def tile_rows(vocabulary: int, rows: int, device: torch.device) -> int:
 
 def token_logprobs(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
     """Log-probability (N,) of each row's token at temperature 1."""
-    return _chosen(_log_softmax(logits_NV, 1.0), tokens_N)
+    return _chosen(logits_NV, tokens_N) - logits_NV.logsumexp(-1)
 
 
-def fast(
-    request: Request,
-    student_nV: Tensor,
-    student_bias_V: Tensor | None,
-    teacher_nV: Tensor | None,
-    teacher_bias_V: Tensor | None,
-    tokens_n: Tensor | None,
-    top_tokens_nK: Tensor | None,
-    divergence_weight_n: Weight,
-    nll_weight_n: Weight,
-) -> tuple[Values, Tensor | None]:
+def fast(request: Request, tile: Tile) -> tuple[Values, Tensor | None]:
     """Values and gradient (n, V) by closed forms. Where a logit is -inf, some value of the row is not finite."""
-    logits_nV = request.student.logits(student_nV, student_bias_V)
-    student = _log_softmaxes(logits_nV, request.temperatures(tokens_n is not None or bool(request.stats)))
-    teacher: dict[float, Tensor] = {}
-    if teacher_nV is not None and request.teacher is not None:
-        teacher_logits_nV = request.teacher.logits(teacher_nV, teacher_bias_V)
-        teacher = _log_softmaxes(teacher_logits_nV, request.temperatures(bool(request.stats)))
-    values: dict[str, Tensor] = {}
+    logits_nV, student = _student(request, tile, tile.student_nV)
+    teacher = _teacher(request, tile)
+    values: Values = {}
     gradients: list[Tensor] = []
     if request.divergence is not None:
         log_q_nV, log_p_nV = student[request.temperature], teacher[request.temperature]
         at = Point(log_q_nV, log_p_nV, log_q_nV.exp(), log_p_nV.exp())
         values["divergence"], slope_nV = CLOSED_FORMS[request.divergence](at, **dict(request.params))
-        if divergence_weight_n is not None:
+        if tile.divergence_weight_n is not None:
             gradient_nV = slope_nV - at.q_NV * slope_nV.sum(-1, keepdim=True)
-            gradients.append(gradient_nV * (divergence_weight_n / request.temperature)[:, None])
-    if tokens_n is not None:
-        values["nll"] = -_chosen(student[1.0], tokens_n)
-        if nll_weight_n is not None:
-            gradient_nV = student[1.0].exp() * nll_weight_n[:, None]
-            gradients.append(gradient_nV.scatter_add(-1, tokens_n[:, None], -nll_weight_n[:, None]))
+            gradients.append(gradient_nV * (tile.divergence_weight_n / request.temperature)[:, None])
+    if tile.tokens_n is not None:
+        values["nll"] = -_chosen(student[1.0], tile.tokens_n)
+        if tile.nll_weight_n is not None:
+            gradient_nV = student[1.0].exp() * tile.nll_weight_n[:, None]
+            gradients.append(gradient_nV.scatter_add(-1, tile.tokens_n[:, None], -tile.nll_weight_n[:, None]))
     values |= {name: STATS[name](student[1.0], teacher.get(1.0)) for name in request.stats}
     if not gradients:
         return values, None
@@ -173,49 +155,50 @@ def fast(
     return values, request.student.product_grad(total_nV, logits_nV)
 
 
-def careful(
-    request: Request,
-    student_nV: Tensor,
-    student_bias_V: Tensor | None,
-    teacher_nV: Tensor | None,
-    teacher_bias_V: Tensor | None,
-    tokens_n: Tensor | None,
-    top_tokens_nK: Tensor | None,
-    divergence_weight_n: Weight,
-    nll_weight_n: Weight,
-) -> tuple[Values, Tensor | None]:
+def careful(request: Request, tile: Tile) -> tuple[Values, Tensor | None]:
     """Values and gradient (n, V) by autograd over the definitions: any divergence, zeros included."""
-    weights = {"divergence": divergence_weight_n, "nll": nll_weight_n}
-    learn = any(weight is not None for weight in weights.values())
-    product_nV = student_nV.detach().to(at_least_float32(student_nV.dtype)).requires_grad_(learn)
-    teacher: dict[float, Tensor] = {}
-    if teacher_nV is not None and top_tokens_nK is not None:
-        teacher = {1.0: teacher_nV.to(product_nV.dtype)}
-    elif teacher_nV is not None and request.teacher is not None:
-        teacher_logits_nV = request.teacher.logits(teacher_nV, teacher_bias_V)
-        teacher = _log_softmaxes(teacher_logits_nV, request.temperatures(bool(request.stats)))
+    weights = {"divergence": tile.divergence_weight_n, "nll": tile.nll_weight_n}
+    weighted = {name: weight_n for name, weight_n in weights.items() if weight_n is not None}
+    top_tokens_nK = tile.top_tokens_nK
+    product_nV = tile.student_nV.detach().to(at_least_float32(tile.student_nV.dtype)).requires_grad_(bool(weighted))
+    teacher = _teacher(request, tile)
     terms: dict[str, Tensor] = {}
-    with torch.set_grad_enabled(learn):
-        logits_nV = request.student.logits(product_nV, student_bias_V)
-        student = _log_softmaxes(logits_nV, request.temperatures(tokens_n is not None or bool(request.stats)))
+    with torch.set_grad_enabled(bool(weighted)):
+        _, student = _student(request, tile, product_nV)
         if request.divergence is not None:
             log_q_nV, log_p_nV = student[request.temperature], teacher[request.temperature]
             if top_tokens_nK is not None:
                 log_q_nV = bucketed(log_q_nV, top_tokens_nK)
             terms["divergence"] = request.divergence(log_q_nV, log_p_nV, **dict(request.params))
-        if tokens_n is not None:
-            terms["nll"] = -_chosen(student[1.0], tokens_n)
+        if tile.tokens_n is not None:
+            terms["nll"] = -_chosen(student[1.0], tile.tokens_n)
     values = {name: term.detach() for name, term in terms.items()}
     for name in request.stats:
         if top_tokens_nK is not None:
             values[name] = sparse_stat(name, student[1.0].detach(), top_tokens_nK, teacher[1.0])
         else:
             values[name] = STATS[name](student[1.0].detach(), teacher.get(1.0))
-    if not learn:
+    if not weighted:
         return values, None
-    weighted = {name: weight for name, weight in weights.items() if weight is not None}
-    upstream = [weight.to(terms[name].dtype) for name, weight in weighted.items()]
+    upstream = [weight_n.to(terms[name].dtype) for name, weight_n in weighted.items()]
     return values, torch.autograd.grad([terms[name] for name in weighted], product_nV, upstream)[0]
+
+
+def _student(request: Request, tile: Tile, product_nV: Tensor) -> tuple[Tensor, dict[float, Tensor]]:
+    """Logits (n, V), and log-probabilities at every temperature that is asked for."""
+    logits_nV = request.student.logits(product_nV, tile.student_bias_V)
+    plain = tile.tokens_n is not None or bool(request.stats)
+    return logits_nV, _log_softmaxes(logits_nV, request.temperatures(plain))
+
+
+def _teacher(request: Request, tile: Tile) -> dict[float, Tensor]:
+    """The teacher's log-probabilities at every temperature that is asked for: those of buckets are as they come."""
+    if tile.teacher_nV is None or request.teacher is None:
+        return {}
+    if tile.top_tokens_nK is not None:
+        return {1.0: tile.teacher_nV.to(at_least_float32(tile.teacher_nV.dtype))}
+    logits_nV = request.teacher.logits(tile.teacher_nV, tile.teacher_bias_V)
+    return _log_softmaxes(logits_nV, request.temperatures(bool(request.stats)))
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -223,20 +206,20 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _put(
-    function: Callable[..., tuple[Values, Tensor | None]], request: Request, student_nV: Tensor, *others: Tensor | None
+    function: Callable[[Request, Tile], tuple[Values, Tensor | None]], request: Request, tile: Tile
 ) -> tuple[Values, Tensor | None, Tensor]:
-    """`function`'s values, the gradient by the bias if there is one, and which rows (n,) are finite: in those, the
-    gradient has taken the place of the product."""
-    values, gradient_nV = function(request, student_nV, *others)
-    finite_n = torch.stack(list(values.values())).isfinite().all(0)
+    """`function`'s values, the gradient by the bias if there is one, and which rows (n,) are settled: in those, the
+    gradient has taken the place of the product. `careful` settles all."""
+    values, gradient_nV = function(request, tile)
+    settled_n = torch.stack(list(values.values())).isfinite().all(0)
     if function is careful:
-        finite_n = torch.ones_like(finite_n)
+        settled_n = torch.ones_like(settled_n)
     if gradient_nV is None:
-        return values, None, finite_n
-    settled = finite_n[:, None]
-    student_nV.copy_(torch.where(settled, gradient_nV, student_nV))
-    bias_grad_V = None if others[0] is None else torch.where(settled, gradient_nV, 0.0).sum(0)
-    return values, bias_grad_V, finite_n
+        return values, None, settled_n
+    settled = settled_n[:, None]
+    tile.student_nV.copy_(torch.where(settled, gradient_nV, tile.student_nV))
+    bias_grad_V = None if tile.student_bias_V is None else torch.where(settled, gradient_nV, 0.0).sum(0)
+    return values, bias_grad_V, settled_n
 
 
 def _log_softmaxes(logits_NV: Tensor, temperatures: set[float]) -> dict[float, Tensor]:
@@ -263,6 +246,6 @@ def _compiler_at_hand() -> bool:
 
 
 @functools.cache
-def _compiled(request: Request) -> Callable[..., tuple[Values, Tensor | None, Tensor]]:
+def _compiled(request: Request) -> Callable[[Tile], tuple[Values, Tensor | None, Tensor]]:
     compiler = cast(Any, torch).compile  # its stubs do not know `isolate_recompiles`: a request counts its own variants
     return compiler(functools.partial(_put, fast, request), isolate_recompiles=True)

@@ -133,7 +133,7 @@ def build_source(recipe: Recipe, parts: Parts) -> Source:
             f"method {recipe.method}: expected a student that is whole on every rank to write with; found one "
             "sharded by FSDP; use DDP (plain torchrun), or a method that does not write: sft, seqkd, kd"
         )
-    writer = Student(parts.student, _sampling(recipe, parts), parts.tokenizer, recipe.sampling.int8)
+    writer = Student(parts.student, _sampling(recipe, parts), parts.tokenizer, _own(recipe, "int8_rollouts"))
     offline = _writing_teacher(recipe, parts) if _own(recipe, "offline") == "teacher" else as_it_is
     return Mixed(writer, offline, _own(recipe, "lmbda"), _own(recipe, "lmbda_unit"), recipe.seed)
 
@@ -164,7 +164,7 @@ def _own(recipe: Recipe, key: str) -> Any:
 
 
 def _sampling(recipe: Recipe, parts: Parts) -> Sampling:
-    return Sampling(seed=recipe.seed, stop_tokens=parts.stop_tokens, **recipe.sampling.model_dump(exclude={"int8"}))
+    return Sampling(seed=recipe.seed, stop_tokens=parts.stop_tokens, **recipe.sampling.model_dump())
 
 
 def _writing_teacher(recipe: Recipe, parts: Parts) -> Teacher:

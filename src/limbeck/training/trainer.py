@@ -124,9 +124,8 @@ class Trainer(transformers.Trainer):
         learnt = torch.tensor(sum(rollout.learnt for rollout in self.rollouts), device=device)
         total = self.accelerator.gather(learnt.reshape(1)).sum().clamp(min=1)  # pyright: ignore
         self._count_rollouts(total)
-        for batch in micro:
-            self._sums["cells"] += batch["attention_mask"].numel()
-            self._sums["padding"] += (batch["attention_mask"] == 0).sum()
+        self._sums["cells"] += sum(batch["attention_mask"].numel() for batch in micro)
+        self._sums["padding"] += sum(int((batch["attention_mask"] == 0).sum()) for batch in micro)
         return micro, total
 
     def _collate(self, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:
@@ -249,7 +248,7 @@ class Trainer(transformers.Trainer):
         numbers = {
             "completion_tokens": tokens / rows,
             "length_limit_share": totals.pop("at_limit") / rows,
-            "padding_share": totals.pop("padding", 0.0) / max(totals.pop("cells", 0.0), 1.0),
+            "padding_share": totals.pop("padding") / max(totals.pop("cells"), 1.0),
             "student_share": totals.pop("by_student") / rows,
             **{name: total / tokens for name, total in totals.items()},
             **({"rollout_kl": apart / written} if written else {}),
