@@ -63,7 +63,8 @@ def distill(
         return
     limit = pipeline.Limit.parse(budget=budget, steps=None, tokens=None) if budget else None
     run = pipeline.distill(loaded, resume=resume, limit=limit)
-    console.print(f"student  {run.student_path}\nreport   {run.report_path}")
+    if pipeline.ranks.first():
+        console.print(f"student  {run.student_path}\nreport   {run.report_path}")
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.errors import ModelError
@@ -36,6 +37,11 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
                 f"{type(inner).__name__}; load it with limbeck.models.load_model"
             )
     return inner
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 keeps a part of the model's parameters on each rank."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def vocabulary_rows(model: nn.Module) -> int | None:

@@ -18,6 +18,7 @@ from rich.console import Console
 from limbeck.errors import RecipeError, did_you_mean
 from limbeck.evaluation import mean_interval, paired_difference
 from limbeck.methods import METHODS
+from limbeck.pipeline import ranks
 from limbeck.pipeline.distilling import Run, distill, finished, write_json
 from limbeck.pipeline.limit import Limit
 from limbeck.pipeline.table import print_comparison
@@ -43,6 +44,7 @@ def compare(
     The start is the recipe's `init` (an SFT stage, one a seed, shared by the methods) or the student as it is. A cell
     whose recipe and limit are unchanged is not run again. Raises LimbeckError before anything is trained.
     """
+    ranks.one_process("compare")
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, [])
     limit, seeds, console = limit or Limit(), seeds or [recipe.seed], console or Console()
     for method in methods:

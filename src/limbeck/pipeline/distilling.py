@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import CheckpointError, RecipeError
-from limbeck.models import save_student
+from limbeck.models import is_sharded, save_student
+from limbeck.pipeline import ranks
 from limbeck.pipeline.assess import Assessor
 from limbeck.pipeline.card import model_card
 from limbeck.pipeline.limit import Limit
@@ -63,22 +63,25 @@ def distill(
     if limit is not None:
         recipe = recipe.replaced(training={**recipe.training, **limit.training()})
     folder = Path(recipe.output)
+    if recipe.init is not None:
+        ranks.one_process("init")
+    if limit is not None and limit.seconds is not None:
+        ranks.one_process("a budget in seconds, which ranks would read off their own clocks")
     _claim(folder, resume)
     if recipe.init is not None:
         start = _start(recipe, folder / "start", student=student, teacher=teacher, dataset=dataset, quiet=quiet)
         recipe = recipe.started_from(start.student_path)
         student = None
-    first = int(os.environ.get("RANK", "0")) == 0  # under torchrun every rank trains and evaluates, one writes files
-    if first:
+    if ranks.first():
         recipe.save(folder / "recipe.yaml")
     parts = build(_as_before(recipe, folder) if resume else recipe, student=student, teacher=teacher, rows=dataset)
     command = shlex.join(["limbeck", *sys.argv[1:]])
     dtype = "fp32" if parts.autocast is None else "bf16"
-    if first:
+    if ranks.first():
         write_json(folder / "environment.json", environment(command, recipe.seed, dtype=dtype))
     assessor = Assessor(recipe, parts, memo or folder / "evaluations")
     before = assessor.start()
-    if first and not quiet:
+    if ranks.first() and not quiet:
         _say(parts)
     trainer, seconds = train(
         recipe,
@@ -88,16 +91,18 @@ def distill(
         budget=_budget(limit),
         evaluator=assessor.during,
         callbacks=tuple(callbacks),
-        quiet=quiet or not first,
+        quiet=quiet or not ranks.first(),
     )
     after = assessor.student()
-    save_student(parts.student, parts.tokenizer, folder / "student")
+    if ranks.first() or is_sharded(parts.student):  # a sharded student is gathered by all
+        save_student(parts.student, parts.tokenizer, folder / "student")
     evaluation = assessor.summary(before, after, seconds=seconds, steps=trainer.state.global_step)
-    if first:
+    if ranks.first():
         write_json(folder / "evaluation.json", evaluation)
         (folder / "student" / "README.md").write_text(model_card(recipe, evaluation))
-    if first and report:
-        write_report(folder)
+        if report:
+            write_report(folder)
+    ranks.wait()
     return Run(folder, evaluation)
 
 

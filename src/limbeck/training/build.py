@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from limbeck.data import Summary, read, render
@@ -21,6 +21,7 @@ from limbeck.models import (
     cast,
     check_head,
     eos_tokens,
+    is_sharded,
     load_model,
     load_tokenizer,
     one_copy,
@@ -90,12 +91,15 @@ def build(recipe: Recipe, *, student: Any = None, teacher: Any = None, rows: Any
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """transformers' arguments from the recipe's `training`, with limbeck's defaults."""
     steps = recipe.evaluation.steps
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     settings: dict[str, Any] = {
         "logging_steps": 1,
         "report_to": "none",
         "save_total_limit": 2,
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # Without it, transformers takes ranks on a machine without a GPU for processes that know nothing of each other.
+        **({"use_cpu": True} if several and not torch.cuda.is_available() else {}),
         **recipe.training,
         "output_dir": str(Path(recipe.output) / "checkpoints"),
         "seed": recipe.seed,
@@ -128,7 +132,7 @@ def build_source(recipe: Recipe, parts: Parts) -> Source:
         return as_it_is
     if name == "teacher":
         return _writing_teacher(recipe, parts)
-    if any(isinstance(parameter, DTensor) for parameter in parts.student.parameters()):
+    if is_sharded(parts.student):
         raise RecipeError(
             f"method {recipe.method}: expected a student that is whole on every rank to write with; found one "
             "sharded by FSDP; use DDP (plain torchrun), or a method that does not write: sft, seqkd, kd"
