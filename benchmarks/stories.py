@@ -84,6 +84,9 @@ def recipe(method: str, output: str) -> Recipe:
         f"data.eval={shared('data/tinystories_test.jsonl')}",
         "training.max_steps=1000000",
         "training.lr_scheduler_type=constant_with_warmup",
+        "training.per_device_train_batch_size=16",
+        "training.learning_rate=0.002",
+        "training.adam_beta2=0.999",
         f"output={output}",
     ]
     loaded = Recipe.load("stories", settings)

@@ -20,6 +20,14 @@ def test_overrides_are_yaml_and_reach_nested_keys() -> None:
     assert settings["training"] == {"max_steps": 7}
     assert settings["student"]["from_teacher"] == {"layers": [0, 2]}
     assert settings["output"] == "a=b"
+    assert [apply_overrides({}, [f"x={text}"])["x"] for text in ("3e-3", "-1.5E+2", "1e5", ".5e1", "e3", "1e")] == [
+        0.003,
+        -150.0,
+        1e5,
+        5.0,
+        "e3",
+        "1e",
+    ]
     with pytest.raises(RecipeError, match="key=value"):
         apply_overrides({}, ["training.max_steps"])
 
@@ -72,12 +80,16 @@ def test_broken_yaml_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+SAMPLES = ("gkd-reward", "qwen-gsm8k")
+"""Recipes whose batches hold four samples a prompt."""
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in PACKAGED.glob("*.yaml")))
 def test_every_packaged_recipe_parses_and_trains_tiny(name: str, tmp_path: Path) -> None:
     """On the embedded teacher, two steps: its keys are read by something."""
     overrides = [
         "training.max_steps=2",
-        "training.per_device_train_batch_size=2",
+        f"training.per_device_train_batch_size={4 if name in SAMPLES else 2}",
         "data.train=embedded:train:8",
         "data.eval=embedded:eval:4",
         "data.template=null",
@@ -97,6 +109,8 @@ def test_every_packaged_recipe_parses_and_trains_tiny(name: str, tmp_path: Path)
         overrides += ["teacher=embedded"]  # for its tokenizer alone
     if "init" in yaml.safe_load((PACKAGED / f"{name}.yaml").read_text()):
         overrides.append("init={training: {max_steps: 1}}")
+    if name == "minillm":
+        overrides += ["data.corpus=[{text: 'Ann has two red apples.'}]", "data.corpus_tokens=4"]
     recipe = Recipe.load(name, overrides)
     run = distill(recipe, quiet=True)
     assert run.metrics["steps"] == 2

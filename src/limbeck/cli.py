@@ -10,7 +10,7 @@ import transformers
 import typer
 from rich.console import Console
 
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, RecipeError
 
 app = typer.Typer(
     help="limbeck distils a large language model into a small one.",
@@ -71,7 +71,9 @@ def distill(
 def compare(
     recipe: RecipeArg,
     overrides: Overrides = None,
-    methods: Annotated[str, typer.Option(help="comma-separated")] = "sft,seqkd,kd,gkd",
+    methods: Annotated[
+        str, typer.Option(help="comma-separated; gkd:lmbda=0.5+samples=2 changes a recipe")
+    ] = "sft,seqkd,kd,gkd",
     budget: Annotated[str | None, typer.Option(help="wall clock of training a run: 90s, 10m, 1h")] = None,
     steps: Annotated[int | None, typer.Option(help="optimiser steps a run")] = None,
     tokens: Annotated[int | None, typer.Option(help="trained tokens a run")] = None,
@@ -88,31 +90,63 @@ def compare(
 
 @app.command()
 def evaluate(
-    model: str,
-    data: Annotated[str, typer.Option(help="JSONL, Parquet, hub id or embedded:test:200")],
-    metrics: Annotated[str, typer.Option(help="comma-separated names, or module:function")] = "rouge_l",
-    seeds: Annotated[int, typer.Option(min=1, help="sampling seeds")] = 5,
+    model: Annotated[str, typer.Argument(help="a folder, a .gguf file or a hub id")],
+    data: Annotated[
+        list[str], typer.Option(help="JSONL, Parquet, hub id or embedded:test:200; once for each data set")
+    ],
+    metrics: Annotated[
+        str, typer.Option(help="comma-separated: rouge_l, accuracy, distinct_4, ... or module:function")
+    ] = "rouge_l",
+    seeds: Annotated[
+        str | None, typer.Option(help="how many samples a prompt (5), or the seeds: 10,20,30,40,50")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="instead of --seeds: samples a prompt, and pass@k and maj@k of them")
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="adds forward and reverse KL to this teacher")] = None,
-    prompts: Annotated[int, typer.Option(help="how many rows")] = 200,
-    max_tokens: int = 128,
+    exposure: Annotated[
+        bool, typer.Option("--exposure", help="excess accumulated error on the student's own text; needs --teacher")
+    ] = False,
+    calibration: Annotated[
+        bool, typer.Option("--calibration", help="ECE of tokens, and of label words where rows have `labels`")
+    ] = False,
+    prompts: Annotated[int, typer.Option(min=1, help="how many rows of each data set")] = 200,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest completion")] = 128,
+    no_repeat_ngram_size: Annotated[int, typer.Option(min=0, help="ban repeated n-grams of this many tokens")] = 0,
     template: Annotated[
         str | None, typer.Option(help="`chat` renders the rows by the tokenizer's chat template")
     ] = None,
+    out: Annotated[Path | None, typer.Option(help="a folder for evaluation.json and pictures")] = None,
 ) -> None:
     """Fixed prompts, fixed seeds: metrics with intervals, loss on the reference text, speed."""
     from limbeck import pipeline
 
     pipeline.evaluate_folder(
         model,
-        data,
-        metrics=metrics.split(","),
-        seeds=seeds,
+        data[0] if len(data) == 1 else data,
+        metrics=[metric for metric in metrics.split(",") if metric],
+        seeds=_seeds(seeds),
+        samples=samples,
         teacher=teacher,
         prompts=prompts,
         max_tokens=max_tokens,
         template=template,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        with_exposure=exposure,
+        with_calibration=calibration,
+        out=out,
         console=console,
     )
+
+
+def _seeds(text: str | None) -> int | list[int] | None:
+    """`5` is their number; with a comma, as `10,20` or `10,`, they are the seeds themselves."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() for part in parts) or (parts == [text.strip()] and int(text) == 0):
+        raise RecipeError(f"--seeds: expected a number above 0 or seeds such as 10,20,30, found {text!r}")
+    return [int(part) for part in parts] if "," in text else int(text)
 
 
 @app.command()
@@ -124,6 +158,67 @@ def report(
     from limbeck.report import write_report
 
     console.print(f"report   {write_report(runs if len(runs) > 1 else runs[0], out)}")
+
+
+@app.command()
+def serve(
+    target: Annotated[str, typer.Option(help="the model that is served: a folder, a .gguf file or a hub id")],
+    draft: Annotated[
+        str | None, typer.Option(help="a small model of the same vocabulary; none: cut from target")
+    ] = None,
+    draft_kind: Annotated[str | None, typer.Option(help="layers, model or ngram")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="comma-separated, for layers: 0,2,5; by default every other")
+    ] = None,
+    host: Annotated[str, typer.Option(help="others than this machine are served with keys alone")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8000,
+    api_key_file: Annotated[Path | None, typer.Option(help="a key a line")] = None,
+    no_learning: Annotated[bool, typer.Option("--no-learning", help="the draft stays as it is")] = False,
+    out: Annotated[Path, typer.Option(help="the folder for the draft's versions")] = Path("runs/serve"),
+    name: Annotated[str | None, typer.Option(help="the model's name in the API; by default its folder's")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="completions written at once; others wait")] = 16,
+    gamma: Annotated[int | None, typer.Option(min=0, help="drafted tokens a round; by default as many as pay")] = None,
+    stream_tokens: Annotated[
+        int, typer.Option(min=1, help="tokens in a piece of a stream; more tell less of what was accepted")
+    ] = 1,
+    per_minute: Annotated[float | None, typer.Option(help="requests a minute of one key or address")] = None,
+    in_flight: Annotated[int, typer.Option(min=1, help="completions of all clients, waiting ones included")] = 256,
+) -> None:
+    """An OpenAI-compatible server whose draft learns while it serves; dashboard at /."""
+    try:
+        from limbeck.online.server import Limits
+        from limbeck.online.server.serving import Options
+        from limbeck.online.server.serving import serve as run
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            f"limbeck serve: expected the extra `serve`, found no {error.name}: pip install 'limbeck[serve]'"
+        ) from None
+    options = Options(
+        target,
+        draft,
+        draft_kind,
+        layers=_numbers(layers),
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        learning=not no_learning,
+        folder=out,
+        name=name,
+        max_batch=max_batch,
+        gamma=gamma,
+        stream_tokens=stream_tokens,
+        limits=Limits(per_minute=per_minute, in_flight=in_flight),
+    )
+    run(options, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise RecipeError(f"--layers: expected numbers such as 0,2,5, found {text!r}")
+    return [int(part) for part in parts]
 
 
 @app.command()

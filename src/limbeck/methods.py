@@ -43,6 +43,14 @@ METHODS: dict[str, Method] = {
         paper="Hinton et al. 2015, arXiv 1503.02531",
         when="good text and a teacher of the same vocabulary: the cheapest step with a full signal",
     ),
+    "minillm": Method(
+        label="MiniLLM",
+        source="token_mix",
+        signal="distribution",
+        objective="policy",
+        paper="Gu et al. 2024, arXiv 2306.08543",
+        when="free text where the student should be right rather than broad: reverse KL of whole sequences",
+    ),
     "gkd": Method(
         label="GKD",
         source="mixed",

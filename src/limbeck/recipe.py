@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,15 @@ from transformers import TrainingArguments
 
 from limbeck.errors import RecipeError, did_you_mean
 from limbeck.ops.divergences import DIVERGENCES
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.1 takes 3e-3 for a word: here it is a number, as in YAML 1.2."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
 
 PACKAGED = Path(__file__).parent / "recipes"
 
@@ -68,6 +78,8 @@ class Data(Strict):
     prompt_tokens: int | None = Field(default=None, ge=1)
     max_length: int | None = Field(default=None, ge=2)
     split: bool = False
+    corpus: Any = None
+    corpus_tokens: int = Field(default=128, ge=2)
     rows: int | None = Field(default=None, ge=1)
 
 
@@ -124,10 +136,12 @@ class Evaluation(Strict):
 
 
 class Init(Strict):
-    """The start that the method goes on from: SFT with the recipe's own training settings under these overrides."""
+    """The start that the method goes on from: SFT with the recipe's own training settings under these overrides.
+    `evaluation_steps`: every so many steps the held-out loss is taken, and the weights of the lowest are kept."""
 
     method: Literal["sft"] = "sft"
     training: dict[str, Any] = {}
+    evaluation_steps: int = Field(default=0, ge=0)
 
 
 def _short_student(value: Any) -> Any:
@@ -252,16 +266,106 @@ class KD(Recipe):
 
 
 class GKD(Recipe):
+    """`offline: both`: of the sequences that the student does not write, half are the teacher's.
+
+    With a `reward` the student maximises (1 - a) E[reward] - a E[divergence], a being `distill_weight` (.5 unless
+    given), over `samples` texts a prompt. `baseline`: what a reward is compared with; by default the prompt's other
+    samples, or the running mean where there is one sample.
+    """
+
     method: Literal["gkd"] = "gkd"
     divergence: Divergence = Divergence(name="jsd", beta=0.5)  # pyright: ignore[reportCallIssue]
     cross_entropy_weight: float = Field(default=0.0, ge=0)
     lmbda: float = Field(default=1.0, ge=0, le=1)
     lmbda_unit: Literal["sequence", "step"] = "sequence"
-    offline: Literal["dataset", "teacher"] = "dataset"
+    offline: Literal["dataset", "teacher", "both"] = "dataset"
     int8_rollouts: bool = False
+    samples: int = Field(default=1, ge=1)
+    reward: Any = None
+    distill_weight: float | None = Field(default=None, ge=0, le=1)
+    baseline: Literal["leave_one_out", "running_mean"] | None = None
+
+    @property
+    def alpha(self) -> float:
+        """The divergence's share of an objective with a reward."""
+        return 0.5 if self.distill_weight is None else self.distill_weight
+
+    def model_post_init(self, _: Any) -> None:
+        if self.baseline == "leave_one_out" and self.samples == 1:
+            raise ValueError(
+                "baseline: expected samples of 2 or more for leave_one_out, found 1: set samples=4, or "
+                "baseline=running_mean"
+            )
+        if self.baseline == "running_mean" and self.samples > 1:
+            raise ValueError(
+                f"baseline: expected leave_one_out for samples={self.samples}, found running_mean: leave it out"
+            )
+        if self.reward is not None:
+            _unfiltered(self.sampling, "a reward's gradient")
+            if self.lmbda == 0:
+                raise ValueError("reward: expected lmbda above 0, found 0: only what the student writes earns a reward")
 
 
-RECIPES: dict[str, type[Recipe]] = {"sft": SFT, "seqkd": SeqKD, "kd": KD, "gkd": GKD}
+class MiniLLM(Recipe):
+    """Every option that is left out is as `variant` says: the paper (arXiv 2306.08543), or its authors' code, which
+    differs from it. See `objectives.MiniLLM`."""
+
+    method: Literal["minillm"] = "minillm"
+    variant: Literal["paper", "reference"] = "paper"
+    teacher_mix: float = Field(default=0.2, ge=0, lt=1)
+    length_norm: bool = True
+    single_step: bool = True
+    importance: Literal["step", "product"] = "step"
+    clip: float | None = Field(default=0.2, gt=0)
+    inner_epochs: int = Field(default=4, ge=1)
+    corpus_weight: float = Field(default=1.0, ge=0)
+    corpus_teacher_share: float | None = Field(default=None, ge=0, le=1)
+    weighted_single_step: bool | None = None
+    own_reward: bool | None = None
+    discount: float | None = Field(default=None, gt=0, le=1)
+    reward_scale: float | None = Field(default=None, gt=0)
+    reward_clip: float | None = Field(default=None, gt=0)
+    whiten: bool | None = None
+
+    def model_post_init(self, _: Any) -> None:
+        _unfiltered(self.sampling, "MiniLLM's importance weights")
+
+    @property
+    def teacher_share(self) -> float:
+        """The teacher's share in the language-modelling term."""
+        if self.corpus_teacher_share is not None:
+            return self.corpus_teacher_share
+        return 0.5 if self.variant == "reference" else 0.0
+
+    @property
+    def credit(self) -> dict[str, Any]:
+        """The options of `objectives.MiniLLM`."""
+        always = ("teacher_mix", "length_norm", "single_step", "importance")
+        given = {name: getattr(self, name) for name in REFERENCE if getattr(self, name) is not None}
+        by_variant = REFERENCE if self.variant == "reference" else {}
+        return {**{name: getattr(self, name) for name in always}, **by_variant, **given}
+
+
+REFERENCE = {
+    "weighted_single_step": False,
+    "own_reward": True,
+    "discount": 0.95,
+    "reward_scale": 0.5,
+    "reward_clip": 100.0,
+    "whiten": True,
+}
+"""What MiniLLM's authors' code does otherwise than their paper."""
+
+
+def _unfiltered(sampling: Sampling, what: str) -> None:
+    if (sampling.temperature, sampling.top_p, sampling.top_k) != (1.0, 1.0, 0):
+        raise ValueError(
+            f"sampling: {what} expects tokens drawn from the models' own distributions (temperature 1, no top_p, no "
+            f"top_k), found temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}"
+        )
+
+
+RECIPES: dict[str, type[Recipe]] = {"sft": SFT, "seqkd": SeqKD, "kd": KD, "minillm": MiniLLM, "gkd": GKD}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -276,7 +380,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             f"{did_you_mean(file.stem, packaged)}"
         )
     try:
-        settings = yaml.safe_load(file.read_text())
+        settings = yaml.load(file.read_text(), _Yaml)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
@@ -299,7 +403,7 @@ def apply_overrides(settings: dict[str, Any], overrides: list[str]) -> dict[str,
             place[parent] = inner if isinstance(inner, dict) else {}
             place = place[parent]
         try:
-            place[last] = yaml.safe_load(value)
+            place[last] = yaml.load(value, _Yaml)
         except yaml.YAMLError:
             raise RecipeError(f"override {override!r}: {value!r} is not a YAML value") from None
     return settings
@@ -334,4 +438,4 @@ def _first_error(error: ValidationError, recipe: type[Recipe]) -> str:
         return f"{place}: no such key{hint}"
     message = first["msg"].removeprefix("Value error, ")
     found = "" if first["type"] == "value_error" else f"; found {first['input']!r}"
-    return f"{place}: {message}{found}"
+    return f"{place}: {message}{found}" if place else f"{message}{found}"

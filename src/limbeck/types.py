@@ -5,6 +5,7 @@ Tensor names end in their axes: B batch, T time, N kept tokens, V vocabulary, H 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -36,8 +37,11 @@ class Example:
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """One sequence to train on, whoever wrote it. `finish_reason` is `stop` (it ended by itself) or `length`.
-    `index` is the place of its prompt in the data set, to name it in errors. `logprobs`: the writer's own, nats, of the
-    completion's tokens as it drew them, where the student wrote."""
+
+    `index` is the place of its prompt in the data set, to name it in errors. `columns` hold one number for each token
+    of the completion (of `tokens[prompt_tokens:]`), such as `student_logprobs`, nats, as it wrote, or the
+    `advantage` that a policy gradient gives it. `reward` is the whole sequence's, where there is one.
+    """
 
     tokens: list[int]
     mask: list[bool]
@@ -45,7 +49,8 @@ class Rollout:
     writer: Writer
     finish_reason: Literal["stop", "length"] = "stop"
     index: int = 0
-    logprobs: list[float] | None = None
+    columns: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    reward: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.mask) != len(self.tokens):
@@ -55,6 +60,11 @@ class Rollout:
     def learnt(self) -> int:
         """How many tokens are predicted: the first token of a sequence has nothing before it."""
         return sum(self.mask[1:])
+
+    @property
+    def completion(self) -> int:
+        """How many tokens stand after the prompt."""
+        return len(self.tokens) - self.prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +114,17 @@ class Sparse:
 Signal = Hidden | Dense | Sparse
 
 
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What an objective may know beside the two models: the rollouts' `columns` at the kept tokens, each (N,), NaN
+    where a rollout has none; and of the whole optimiser step on all ranks, the number of learnt `tokens`, by which the
+    trainer divides, and of `sequences` with an advantage, by which a term per sequence wants to be divided."""
+
+    columns: Mapping[str, torch.Tensor]
+    tokens: int
+    sequences: int
+
+
 class Objective(Protocol):
     """What the student minimises: per-token terms from its hidden states, its head and what the teacher says."""
 
@@ -114,6 +135,7 @@ class Objective(Protocol):
         signal: Signal | None,
         tokens_N: torch.Tensor,
         *,
+        context: Context,
         stats: tuple[str, ...] = (),
     ) -> Terms: ...
 
@@ -122,6 +144,15 @@ class Source(Protocol):
     """Who writes the sequences: the rollouts of one optimiser step, in the order of `examples`."""
 
     def __call__(self, examples: list[Example], step: int) -> list[Rollout]: ...
+
+
+class Credit(Protocol):
+    """What each token of a step's rollouts has earned: the same rollouts with an `advantage` column. `state` is what it
+    remembers from step to step, kept in checkpoints."""
+
+    state: dict[str, float]
+
+    def __call__(self, rollouts: list[Rollout]) -> list[Rollout]: ...
 
 
 @dataclass(frozen=True, slots=True)

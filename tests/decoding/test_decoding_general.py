@@ -86,6 +86,26 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(error: Exception, capl
     assert len(caplog.records) == 2 and max(seen) <= 6  # said once: the next rollouts begin with what fits
 
 
+def test_what_was_written_before_memory_ran_out_is_not_written_again() -> None:
+    """Memory runs out once, late: then only the rows in flight, 4 at most, are read a second time."""
+    model = llama()
+    prompts = [[3 + row, 7, 9] for row in range(16)]
+    sampling = Sampling(6, stop_tokens=(STOP,))
+    expected = [c.tokens for c in generate(model, prompts, sampling)]
+    read = 0
+
+    def limited(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal read
+        rows, width = kwargs["input_ids"].shape
+        if rows > 2 and read >= 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        read += rows if width > 1 else 0
+
+    model.register_forward_pre_hook(limited, with_kwargs=True)
+    assert [c.tokens for c in generate(model, prompts, sampling, batch_size=4)] == expected
+    assert 16 < read <= 20
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     model = llama()
 

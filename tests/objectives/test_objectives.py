@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from limbeck.objectives import OBJECTIVES, cross_entropy, divergence
+from limbeck.objectives import OBJECTIVES, cross_entropy, divergence, language_modelling, policy
 from limbeck.types import Head, Hidden
 
 N, V, H, G = 7, 11, 4, 3
@@ -54,4 +54,21 @@ def test_divergence_adds_weighted_cross_entropy_and_no_hidden_factor(
 
 
 def test_every_objective_is_registered() -> None:
-    assert OBJECTIVES == {"cross_entropy": cross_entropy, "divergence": divergence}
+    assert OBJECTIVES == {
+        "cross_entropy": cross_entropy,
+        "divergence": divergence,
+        "policy": policy,
+        "language_modelling": language_modelling,
+    }
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_language_modelling_is_half_hard_half_teacher(
+    parts: tuple[torch.Tensor, Head, Hidden, torch.Tensor], share: float
+) -> None:
+    hidden_NH, head, signal, tokens_N = parts
+    terms = language_modelling(hidden_NH, head, signal if share else None, tokens_N, teacher_share=share)
+    student, teacher = logprobs(hidden_NH, head), logprobs(signal.hidden_NH, signal.head)
+    kl_N = (teacher.exp() * (teacher - student)).sum(-1)
+    expected_N = -(1 - share) * student[torch.arange(N), tokens_N] + share * kl_N
+    torch.testing.assert_close(terms.loss_N, expected_N)

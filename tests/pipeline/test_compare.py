@@ -121,3 +121,21 @@ def test_an_unknown_method_and_two_budgets(tmp_path: Path) -> None:
         compare(recipe(tmp_path), methods=["seqdk"], seeds=[0], console=QUIET)
     with pytest.raises(RecipeError, match="one budget"):
         Limit.parse(budget="3m", steps=5, tokens=None)
+
+
+def test_a_method_with_changes_is_a_cell_of_its_own(tmp_path: Path) -> None:
+    """An ablation: two variants of one method and the method itself, from one start."""
+    variants = ["gkd", "gkd:lmbda=0", "gkd:divergence={name: reverse_kl}+lmbda=0.5"]
+    folder = compare(recipe(tmp_path), methods=variants, limit=Limit(steps=1), seeds=[0], console=QUIET)
+    comparison = json.loads((folder / "comparison.json").read_text())
+    rows = comparison["table"][2:]
+    assert [row["method"] for row in rows] == variants
+    assert rows[1]["label"] == "GKD, lmbda=0"
+    found = [Recipe.load(folder / row["recipe"], []) for row in rows]
+    assert [(made.lmbda, made.divergence.name) for made in found] == [  # pyright: ignore[reportAttributeAccessIssue]
+        (1.0, "jsd"),
+        (0.0, "jsd"),
+        (0.5, "reverse_kl"),
+    ]
+    with pytest.raises(RecipeError, match="gkd:lmda=0: lmda: no such key; did you mean 'lmbda'"):
+        compare(recipe(tmp_path), methods=["gkd:lmda=0"], limit=Limit(steps=1), seeds=[0], console=QUIET)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
 from limbeck.scoring import score
-from limbeck.scoring.text import bleu, exact_match, length, rouge_2, rouge_l
+from limbeck.scoring.text import bleu, distinct_4, exact_match, length, repetition, rouge_2, rouge_l
 
 
 def test_rouge_hand_cases() -> None:
@@ -59,3 +60,19 @@ def test_exact_match(completion: str, reference: str, expected: float) -> None:
 def test_the_best_of_several_references_counts() -> None:
     assert score("rouge_l", ["the cat sat", "dog"], [["a dog", "the cat sat", "x"], "dog"]) == [1.0, 1.0]
     assert score("length", ["abc"], [["x", "y"]]) == [3.0] == [length("abc", "")]
+
+
+def test_distinct_4_counts_n_grams_of_all_texts_together() -> None:
+    assert distinct_4(["a b c d e", "a b c d f"]) == 3 / 4  # abcd twice, bcde, bcdf
+    assert distinct_4(["a b c d"]) == distinct_4(["a b c d", "x y z"]) == 1.0
+    assert distinct_4(["a b c", ""]) == 0.0
+    words = np.random.default_rng(0).choice(list("abc"), (5, 30))
+    grams = [tuple(row[i : i + 4]) for row in words for i in range(27)]
+    assert distinct_4([" ".join(row) for row in words]) == len(set(grams)) / len(grams)
+
+
+def test_repetition_is_the_share_of_n_grams_seen_before() -> None:
+    assert repetition("a b c d", "") == 0.0
+    assert repetition("a a a a a a", "") == pytest.approx(2 / 3)  # three 4-grams, all alike
+    assert repetition("a b c d a b c d", "ignored") == pytest.approx(1 / 5)
+    assert repetition("a b c", "") == repetition("", "") == 0.0

@@ -12,8 +12,11 @@ from limbeck.data import read, render
 from limbeck.data.embedded import TEACHER
 from limbeck.decoding import Sampling
 from limbeck.models import load_model, load_tokenizer
+from limbeck.recipe import Recipe
 from limbeck.sources import Mixed, Student, Teacher, dataset
 from limbeck.teachers import TextCache, weights_hash
+from limbeck.training import build
+from limbeck.training.build import build_source
 from limbeck.types import Example, Rollout
 
 
@@ -136,3 +139,25 @@ def test_a_half_written_cache_line_is_passed_over(
 
 def test_the_data_set_stands_as_it_is(rows: list[Example]) -> None:
     assert [(r.tokens, r.mask) for r in dataset(rows[:3], 9)] == [(e.tokens, e.mask) for e in rows[:3]]
+
+
+def test_both_offline_writers_share_what_the_student_leaves(tmp_path: Path) -> None:
+    """lmbda .5 with `offline: both`: a half, a quarter, a quarter, each within five standard errors of 1000 coins; the
+    second coin is another one than the first."""
+    made = Recipe.parse(
+        {
+            "method": "gkd",
+            "teacher": "embedded",
+            "student": "embedded",
+            "data": {"train": "embedded:train:1000", "eval": "embedded:eval:4"},
+            "lmbda": 0.5,
+            "offline": "both",
+            "sampling": {"max_tokens": 1},
+            "output": str(tmp_path),
+        }
+    )
+    parts = build(made)
+    rollouts = build_source(made, parts)(parts.train, 3)
+    for name, expected in (("student", 0.5), ("teacher", 0.25), ("dataset", 0.25)):
+        found = sum(rollout.writer == name for rollout in rollouts) / 1000
+        assert abs(found - expected) < 5 * (expected * (1 - expected) / 1000) ** 0.5

@@ -12,7 +12,7 @@ from training_helpers import gradients
 folder = Path(sys.argv[1])
 
 
-for name in ("kd", "gkd"):
+for name in ("kd", "gkd", "minillm", "minillm-reference", "gkd-reward"):
     found, loss = gradients(folder / f"two-{name}", name, batch=4, accumulation=1)
     if torch.distributed.get_rank() == 0:
         torch.save(found, folder / f"{name}.pt")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from training_helpers import MINILLM_DATA
 
 from limbeck.errors import CheckpointError
 from limbeck.pipeline import distill
@@ -37,10 +38,21 @@ def steps(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
-@pytest.mark.parametrize("method", ["kd", "gkd"])
-def test_resume_equals_the_uninterrupted_run_bit_for_bit(recipe: Any, tmp_path: Path, method: str) -> None:
+RESUMED = {
+    "kd": {},
+    "gkd": {},
+    "minillm": {"data": MINILLM_DATA, "inner_epochs": 3},  # resumed inside one: its rollouts are in the checkpoint
+    "gkd-reward": {"method": "gkd", "reward": "length"},  # and the mean of all rewards so far
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(recipe: Any, tmp_path: Path, name: str) -> None:
     """Six steps at 12 steps an epoch (a resume inside one); dropout, so that the global RNG matters too."""
+    changes = dict(RESUMED[name])
+    method = changes.pop("method", name)
     settings = {
+        **changes,
         "student": DROPOUT,
         "training": {"max_steps": 6, "per_device_train_batch_size": 2, "save_total_limit": 9},
     }

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from limbeck.recipe import Recipe
 from limbeck.training import build
-from limbeck.training.build import build_objective, build_source
+from limbeck.training.build import build_beside, build_credit, build_objective, build_source
 from limbeck.training.trainer import Trainer
 
 TINY = {
@@ -46,13 +46,20 @@ def tiny_recipe(output: Path, method: str = "kd", **changes: Any) -> Recipe:
     return Recipe.parse(settings)
 
 
-METHODS = {
+CORPUS = [{"text": f"Ann has {number} red apples and {number} pears."} for number in range(20)]
+MINILLM_DATA = {"train": "embedded:train:24", "eval": "embedded:eval:8", "corpus": CORPUS, "corpus_tokens": 16}
+
+METHODS: dict[str, dict[str, Any]] = {
     "sft": {},
     "kd": {},
     "kd-mixed": {"method": "kd", "cross_entropy_weight": 0.5, "divergence": {"name": "reverse_kl", "temperature": 2.0}},
     "gkd": {"lmbda": 1.0},
     "gkd-half": {"method": "gkd", "lmbda": 0.5, "divergence": {"name": "skew_forward_kl"}},
     "seqkd": {},
+    "minillm": {"data": MINILLM_DATA},
+    "minillm-reference": {"method": "minillm", "variant": "reference", "data": MINILLM_DATA},
+    "gkd-reward": {"method": "gkd", "reward": "length", "distill_weight": 0.3, "samples": 2},
+    "gkd-reward-mixed": {"method": "gkd", "reward": "length", "lmbda": 0.5},
 }
 
 
@@ -75,7 +82,7 @@ def gradients(
     reverse: bool = False,
     extra_padding: int = 0,
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """(gradients by parameter, logged loss) of one optimiser step over the first eight rows."""
+    """(gradients by parameter, logged loss) of one optimiser step over eight sequences of the first rows."""
     changes = dict(METHODS[method])
     training = {
         "max_steps": 1,
@@ -89,14 +96,18 @@ def gradients(
     parts = build(made)
     parts.student = parts.student.double()
     parts.teacher = parts.teacher.double()
-    eight = parts.train[:8]
+    samples = getattr(made, "samples", 1)
+    rows = parts.train[: 8 // samples]
     keep = Keep()
     trainer = (Padded if extra_padding else Trainer)(
         model=parts.student,
         args=parts.args,
-        examples=eight[::-1] if reverse else eight,
+        examples=rows[::-1] if reverse else rows,
         source=build_source(made, parts),
-        objective=build_objective(made),
+        objective=build_objective(made, rewarded=parts.reward is not None),
+        credit=build_credit(made, parts),
+        beside=build_beside(made, parts),
+        samples=samples,
         teacher=parts.teacher,
         tokenizer=parts.tokenizer,
         callbacks=[keep],
@@ -113,11 +124,14 @@ class Padded(Trainer):
 
     extra = 0
 
-    def _collate(self, rollouts: Any) -> dict[str, torch.Tensor]:
+    def _collate(self, rollouts: Any) -> dict[str, Any]:
         batch = super()._collate(rollouts)
         tokenizer: Any = self.processing_class
-        pad = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "learnt": False, "written_logprobs": torch.nan}
-        return {
-            name: torch.nn.functional.pad(tensor, (0, self.extra), value=pad[name]) if name in pad else tensor
-            for name, tensor in batch.items()
-        }
+        pad = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "learnt": False}
+
+        def padded(tensor: torch.Tensor, value: Any) -> torch.Tensor:
+            return torch.nn.functional.pad(tensor, (0, self.extra), value=value)
+
+        wider = {name: padded(batch[name], value) for name, value in pad.items()}
+        columns = {name: padded(values_BT, torch.nan) for name, values_BT in batch.get("columns", {}).items()}
+        return {**batch, **wider, **({"columns": columns} if columns else {})}

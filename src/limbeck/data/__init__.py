@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from limbeck.data.collate import collate, dataset_rollout, micro_batches, written_rollout
+from limbeck.data.collate import at_learnt, collate, completion_text, dataset_rollout, micro_batches, written_rollout
 from limbeck.data.read import mixture_counts, read
 from limbeck.data.render import Summary, describe, render
 
 __all__ = [
     "Summary",
+    "at_learnt",
     "collate",
+    "completion_text",
     "dataset_rollout",
     "describe",
     "micro_batches",

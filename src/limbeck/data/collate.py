@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -27,20 +27,27 @@ def written_rollout(
     completion_tokens: Sequence[int],
     finish_reason: Literal["stop", "length"],
     writer: Writer,
-    logprobs: list[float] | None = None,
+    columns: dict[str, list[float]] | None = None,
 ) -> Rollout:
     """The example's prompt and a completion by `writer`, all of which is learnt (its stop token included)."""
     prompt = example.prompt
     mask = [False] * len(prompt) + [True] * len(completion_tokens)
-    return Rollout([*prompt, *completion_tokens], mask, len(prompt), writer, finish_reason, example.index, logprobs)
+    tokens = [*prompt, *completion_tokens]
+    return Rollout(tokens, mask, len(prompt), writer, finish_reason, example.index, columns or {})
 
 
-def collate(rollouts: Sequence[Rollout], pad_id: int) -> dict[str, torch.Tensor]:
+def completion_text(tokenizer: Any, tokens: Sequence[int], stop_tokens: Collection[int]) -> str:
+    """The text of a completion without the stop token that ended it and without special tokens."""
+    ended = bool(tokens) and tokens[-1] in stop_tokens
+    return tokenizer.decode(list(tokens[:-1] if ended else tokens), skip_special_tokens=True)
+
+
+def collate(rollouts: Sequence[Rollout], pad_id: int) -> dict[str, Any]:
     """`input_ids` and `attention_mask` (B, T; int64) and `learnt` (B, T; bool), padded on the right with `pad_id`.
 
     The attention mask comes from the lengths, never from the ids: pad and EOS may be one token. `learnt[:, 0]` is
-    False: nothing stands before the first token. Where the writer's log-probabilities are known, `written_logprobs`
-    (B, T; float32) holds them at their tokens, NaN elsewhere.
+    False: nothing stands before the first token. `columns`, where rollouts have some: each (B, T; float64) at the
+    completions' tokens, NaN elsewhere.
     """
     width = max(len(rollout.tokens) for rollout in rollouts)
     input_ids_BT = torch.full((len(rollouts), width), pad_id)
@@ -52,14 +59,20 @@ def collate(rollouts: Sequence[Rollout], pad_id: int) -> dict[str, torch.Tensor]
         attention_mask_BT[row, :length] = 1
         learnt_BT[row, :length] = torch.tensor(rollout.mask)
     learnt_BT[:, 0] = False
-    batch = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "learnt": learnt_BT}
-    if any(rollout.logprobs is not None for rollout in rollouts):
-        batch["written_logprobs"] = torch.full((len(rollouts), width), torch.nan)
-        for row, rollout in enumerate(rollouts):
-            if rollout.logprobs is not None:
-                completion = slice(rollout.prompt_tokens, len(rollout.tokens))
-                batch["written_logprobs"][row, completion] = torch.tensor(rollout.logprobs)
+    batch: dict[str, Any] = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "learnt": learnt_BT}
+    names = sorted({name for rollout in rollouts for name in rollout.columns})
+    columns = {name: torch.full((len(rollouts), width), torch.nan, dtype=torch.float64) for name in names}
+    for row, rollout in enumerate(rollouts):
+        for name, numbers in rollout.columns.items():
+            columns[name][row, rollout.prompt_tokens : len(rollout.tokens)] = torch.tensor(numbers, dtype=torch.float64)
+    if columns:
+        batch["columns"] = columns
     return batch
+
+
+def at_learnt(values_BT: torch.Tensor, learnt_BT: torch.Tensor) -> torch.Tensor:
+    """(N,): what stands at the learnt tokens, row by row, in the order of `models.completion_hidden`."""
+    return values_BT[:, 1:][learnt_BT[:, 1:]]
 
 
 def micro_batches(rollouts: Sequence[Rollout], count: int) -> list[list[Rollout]]:

@@ -18,6 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from limbeck.data.generated import PREFIX, gym_rows
 from limbeck.errors import DataError, did_you_mean
 
 LOG = logging.getLogger(__name__)
@@ -41,11 +42,13 @@ def read(source: Any, *, columns: Mapping[str, str] | None = None) -> list[dict[
 
     source: a .jsonl, .json (a list), .parquet or .txt file (one row a paragraph; blank lines separate paragraphs); a
     folder or a hub id that `datasets` can load (`name`, `name:split`, `name:config:split`; split `train` unless given);
-    a `datasets.Dataset`; a list of rows; `embedded:SPLIT:COUNT`; or a weighted mixture
+    a `datasets.Dataset`; a list of rows; `embedded:SPLIT:COUNT`;
+    `reasoning_gym:NAME:COUNT` (see `gym_rows`); or a weighted mixture
     `[{"path": source, "weight": 2, "columns": {...}}, ...]` (see `mixture_counts`; weight 1 unless given).
     columns: from `prompt`, `input`, `completion`, `messages`, `text` to the names in the file. Without it the layouts
     in LAYOUTS are recognised. A conversational prompt (and completion), a list of messages, becomes `messages`.
 
+    A list of texts as completion holds several right ones: the first is the completion, all are `references`.
     A column keeps its name and value beside the normalised ones, except where it bears the name of a normalised key
     that is not its own (`text` mapped in a file that has a column `prompt` too): that one is left out.
     Raises DataError: no such file, broken JSON, no known columns, kinds mixed in one file, a value that is empty or not
@@ -108,6 +111,8 @@ def _nth(j: int, size: int, count: int) -> int:
 
 def _load(source: Any) -> Iterator[tuple[str, Any]]:
     """(where it stands, raw row) for every row of one source."""
+    if isinstance(source, str) and source.startswith(PREFIX):
+        return _numbered(gym_rows(source), f"{source}, row")
     if isinstance(source, Path) or (isinstance(source, str) and not source.startswith("embedded:")):
         return _load_path(str(source))
     if isinstance(source, str):
@@ -288,6 +293,9 @@ def _normalise_row(where: str, row: dict[str, Any], columns: Mapping[str, str] |
         values = {"messages": [*values["prompt"], *completion]}
     if "messages" in values:
         _check_messages(where, values["messages"])
+    elif isinstance(several := values.get("completion"), list) and several:
+        row = {"references": several, **row}
+        values["completion"] = several[0]
     for key in set(values) - {"messages"}:
         _check_text(where, key, layout[key], values[key])
     if extra := values.pop("input", None):

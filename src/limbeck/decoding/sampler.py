@@ -200,19 +200,30 @@ def mixed_logits(student_logits_BV: torch.Tensor, teacher_logits_BV: torch.Tenso
 
 
 def draw(logits_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
-    """One token a row by inversion: the first whose cumulative probability exceeds the uniform (float64, [0, 1)).
+    """One token a row: see `draw_scored`."""
+    return draw_scored(logits_BV, uniforms_B)[0]
+
+
+def draw_scored(logits_BV: torch.Tensor, uniforms_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row by inversion, the first whose cumulative probability exceeds the uniform (float64, [0, 1)), and
+    its log-probability.
 
     Summed by blocks, so that only the block that is hit is summed token by token. A token of probability 0 is never
     drawn: it does not raise the sum, and the uniform is scaled by the sum it has.
     """
-    weights_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).exp_()
+    highest_B1 = logits_BV.amax(-1, keepdim=True)
+    weights_BV = (logits_BV - highest_B1).exp_()
     short = -weights_BV.shape[-1] % _BLOCK
     blocks_BKW = F.pad(weights_BV, (0, short)).unflatten(-1, (-1, _BLOCK))
     sums_BK = blocks_BKW.sum(-1, dtype=torch.float64)
-    block_B, rest_B = _invert(sums_BK, uniforms_B * sums_BK.sum(-1))
+    total_B = sums_BK.sum(-1)
+    block_B, rest_B = _invert(sums_BK, uniforms_B * total_B)
     rows_B = torch.arange(len(block_B), device=block_B.device)
     place_B, _ = _invert(blocks_BKW[rows_B, block_B].double(), rest_B)
-    return (block_B * _BLOCK + place_B).clamp_(max=logits_BV.shape[-1] - 1)  # reached by NaN alone: the caller reports
+    # The clamp is reached by NaN alone, which the caller reports.
+    tokens_B = (block_B * _BLOCK + place_B).clamp_(max=logits_BV.shape[-1] - 1)
+    chosen_B1 = logits_BV.gather(-1, tokens_B[:, None]) - highest_B1
+    return tokens_B, (chosen_B1[:, 0].double() - total_B.log()).to(logits_BV.dtype)
 
 
 def _invert(weights_BN: torch.Tensor, targets_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

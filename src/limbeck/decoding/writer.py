@@ -14,7 +14,7 @@ import torch
 
 from limbeck.decoding.cache import SlotCache, View, moved
 from limbeck.decoding.records import Completion, Row, finished, nothing_to_draw
-from limbeck.decoding.sampler import History, Sampling, draw, mixed_logits, served_logits, uniforms
+from limbeck.decoding.sampler import History, Sampling, draw_scored, mixed_logits, served_logits, uniforms
 from limbeck.models import unwrap
 from limbeck.ops.tiles import token_logprobs
 
@@ -167,8 +167,8 @@ class _Writer:
         """Draws the token at `column` for these rows."""
         sampling = self.sampling
         first_B, start_B, key_B, gamma_B = self.numbers_4S[:, rows]
-        history = None
-        if sampling.penalises or (sampling.min_tokens and sampling.stop_tokens):
+        history, scored_B = None, None
+        if sampling.penalises or self._early(rows):
             columns_T = torch.arange(self.origin, self.column, device=self.device)
             tokens_BT = self.tokens_ST[rows, self._columns(self.origin, self.column)]
             history = History(tokens_BT, columns_T >= first_B[:, None], columns_T >= start_B[:, None])
@@ -180,11 +180,19 @@ class _Writer:
         if sampling.temperature == 0:
             tokens_B = served_BV.argmax(-1)
         else:
-            tokens_B = draw(served_BV, uniforms(key_B, gamma_B, self.column - start_B))
+            tokens_B, scored_B = draw_scored(served_BV, uniforms(key_B, gamma_B, self.column - start_B))
         column = self.column - self.base
         self.tokens_ST[rows, column] = tokens_B
         for logprobs_ST, logits_BV in zip(self.logprobs_MST, logits_MBV, strict=True):
-            logprobs_ST[rows, column] = token_logprobs(logits_BV, tokens_B)
+            if scored_B is not None and served_BV is logits_BV:  # drawn as it is: the sum over the vocabulary is known
+                logprobs_ST[rows, column] = scored_B
+            else:
+                logprobs_ST[rows, column] = token_logprobs(logits_BV, tokens_B)
+
+    def _early(self, rows: slice) -> bool:
+        """Whether a row is still too short to stop."""
+        least = self.sampling.min_tokens if self.sampling.stop_tokens else 0
+        return any(self.column - row.start < least for row in self.batch[rows])
 
     def _retire(self) -> None:
         """Rows that have ended leave, and the last ones of the batch take their slots."""

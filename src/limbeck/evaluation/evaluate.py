@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from limbeck import data
 from limbeck.decoding import Completion, Sampling, generate
-from limbeck.errors import DataError
-from limbeck.scoring import resolve, score
+from limbeck.errors import DataError, RecipeError
+from limbeck.scoring import CORPUS_SCORES, build_reward, check_reward, needs_reference, references_in, reward_name
 from limbeck.types import Example
 
 SAMPLES = 8
@@ -19,12 +20,14 @@ SAMPLES = 8
 @dataclass(frozen=True, slots=True)
 class Scores:
     """`values[metric]` [seeds, prompts]: what was sampled; `values["<metric>_greedy"]` [1, prompts]: the greedy
-    completions. `samples`: prompt, reference and completion (greedy where there is one) of the first prompts, as text.
-    `length_limit_share`: sampled completions that did not end by themselves, a fraction."""
+    completions. A metric of all completions together (CORPUS_SCORES) has [seeds, 1]. `samples`: prompt, reference and
+    completion (greedy where there is one) of the first prompts, as text. `length_limit_share`: sampled completions that
+    did not end by themselves, a fraction. `completions` [seeds][prompts]: what was sampled, as text."""
 
     values: dict[str, np.ndarray]
     samples: list[dict[str, str]]
     length_limit_share: float
+    completions: list[list[str]]
 
     def means(self, metric: str) -> list[float]:
         """The mean over prompts, one a seed."""
@@ -36,62 +39,101 @@ def evaluate(
     tokenizer: Any,
     examples: Sequence[Example],
     *,
-    metrics: Sequence[str],
-    seeds: int = 3,
+    metrics: Sequence[str | Mapping[str, Any]],
+    seeds: int | Sequence[int] = 3,
     sampling_temperature: float = 1.0,
     max_tokens: int,
     stop_tokens: tuple[int, ...],
     batch_size: int | None = None,
     greedy: bool = True,
+    no_repeat_ngram_size: int = 0,
 ) -> Scores:
-    """Writes `seeds` sampled completions of every example's prompt, and a greedy one, and scores them by `metrics`.
+    """Writes a sampled completion of every example's prompt for each of `seeds`, and a greedy one, and scores them.
+
+    metrics: rewards (`scoring.build_reward`: a name or a table with options) and names of CORPUS_SCORES.
+    seeds: their number, or the seeds themselves (each the one sample that `Sampling(seed=...)` draws).
+    no_repeat_ngram_size: bans repeated n-grams of tokens, in greedy completions too.
 
     The random numbers of a completion depend on the prompt's place in `examples` and the seed alone, so two models (or
     one before and after training) are paired prompt by prompt. The reference is the row's `references` (a list: the
     best counts), `completion` or `answer`, else the example's own text after the prompt.
 
-    Raises DataError for no example or one without a reference, RecipeError for an unknown metric, ScoreError.
+    Raises DataError for no example or one without a reference that a metric needs, RecipeError for an unknown metric,
+    ScoreError.
     """
     if not examples:
         raise DataError("expected at least one example to evaluate on, found none")
-    for metric in metrics:
-        resolve(metric)
-    references = [references_of(example, tokenizer) for example in examples]
+    corpus = [metric for metric in metrics if isinstance(metric, str) and metric in CORPUS_SCORES]
+    specs = [metric for metric in metrics if metric not in corpus]
+    rewards = {reward_name(spec): build_reward(spec) for spec in specs}
+    if len(rewards) + len(set(corpus)) < len(metrics):
+        raise RecipeError(f"expected metrics of different names, found one twice: {', '.join(map(str, metrics))}")
+    rows = scored_rows(examples, tokenizer, specs)
     prompts = [example.prompt for example in examples]
     prompt_texts = [_text(tokenizer, prompt) for prompt in prompts]
-    sampling = Sampling(max_tokens=max_tokens, temperature=sampling_temperature, stop_tokens=stop_tokens, n=seeds)
-    sampled = generate(model, prompts, sampling, batch_size=batch_size)
+    sampling = Sampling(
+        max_tokens=max_tokens,
+        temperature=sampling_temperature,
+        stop_tokens=stop_tokens,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+    )
+    sampled = _sampled(model, prompts, sampling, seeds, batch_size)
     runs = {"": sampled}
     if greedy:
-        argmax = Sampling(max_tokens=max_tokens, temperature=0.0, stop_tokens=stop_tokens)
-        runs["_greedy"] = generate(model, prompts, argmax, batch_size=batch_size)
+        runs["_greedy"] = generate(model, prompts, replace(sampling, temperature=0.0), batch_size=batch_size)
 
     texts = {suffix: [completion_text(tokenizer, c, stop_tokens) for c in run] for suffix, run in runs.items()}
     values: dict[str, np.ndarray] = {}
     for metric in metrics:
         for suffix, completions in texts.items():
             each = len(completions) // len(examples)
-            numbers = score(metric, completions, _repeated(references, each), _repeated(prompt_texts, each))
-            values[metric + suffix] = np.array(numbers).reshape(len(examples), each).T
-    shown = texts["_greedy"] if greedy else texts[""][::seeds]
+            if metric in corpus:
+                name, score = str(metric), CORPUS_SCORES[str(metric)]
+                values[name + suffix] = np.array([[score(completions[seed::each])] for seed in range(each)])
+            else:
+                name = reward_name(metric)
+                numbers = rewards[name](_repeated(prompt_texts, each), completions, _repeated(rows, each))
+                values[name + suffix] = np.array(numbers).reshape(len(examples), each).T
+    count = len(sampled) // len(examples)
+    shown = texts["_greedy"] if greedy else texts[""][::count]
     samples = [
-        {"prompt": prompt, "reference": reference[0], "completion": completion}
-        for prompt, reference, completion in zip(prompt_texts[:SAMPLES], references, shown, strict=False)
+        {"prompt": prompt, "reference": str(next(iter(references_in(row)), "")), "completion": completion}
+        for prompt, row, completion in zip(prompt_texts[:SAMPLES], rows, shown, strict=False)
     ]
     limited = sum(completion.finish_reason == "length" for completion in sampled) / len(sampled)
-    return Scores(values, samples, limited)
+    return Scores(values, samples, limited, [texts[""][seed::count] for seed in range(count)])
+
+
+def _sampled(
+    model: Any, prompts: list[list[int]], sampling: Sampling, seeds: int | Sequence[int], batch_size: int | None
+) -> list[Completion]:
+    """Prompt-major, a completion for each seed."""
+    if isinstance(seeds, int):
+        return generate(model, prompts, replace(sampling, n=seeds), batch_size=batch_size)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise RecipeError(f"expected seeds that differ from each other, found {list(seeds)}")
+    runs = [generate(model, prompts, replace(sampling, seed=seed), batch_size=batch_size) for seed in seeds]
+    return [completion for of_prompt in zip(*runs, strict=True) for completion in of_prompt]
+
+
+def scored_rows(
+    examples: Sequence[Example], tokenizer: Any, rewards: Sequence[str | Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The examples' rows, each with its `references` where a reward needs them; every reward finds what it reads."""
+    needed = any(needs_reference(reward) for reward in rewards)
+    rows = [
+        {**example.row, "references": references_of(example, tokenizer)} if needed else example.row
+        for example in examples
+    ]
+    for reward in rewards:
+        check_reward(reward, rows)
+    return rows
 
 
 def references_of(example: Example, tokenizer: Any) -> list[str]:
     """The texts that a completion of `example` is compared with. DataError where there is none."""
-    several = example.row.get("references")
-    if isinstance(several, str):
-        return [several]
-    if several:
-        return [str(reference) for reference in several]
-    for column in ("completion", "answer"):
-        if isinstance(example.row.get(column), str | int | float):
-            return [str(example.row[column])]
+    if found := references_in(example.row):
+        return [str(reference) for reference in found]
     if len(example.tokens) > example.prompt_tokens:
         return [_text(tokenizer, example.tokens[example.prompt_tokens :])]
     raise DataError(
@@ -101,8 +143,7 @@ def references_of(example: Example, tokenizer: Any) -> list[str]:
 
 def completion_text(tokenizer: Any, completion: Completion, stop_tokens: Sequence[int]) -> str:
     """The text of a completion without the stop token that ended it and without special tokens."""
-    tokens = completion.tokens
-    return _text(tokenizer, tokens[:-1] if tokens and tokens[-1] in stop_tokens else tokens)
+    return data.completion_text(tokenizer, completion.tokens, stop_tokens)
 
 
 def _text(tokenizer: Any, tokens: Sequence[int]) -> str:

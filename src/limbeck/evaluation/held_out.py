@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,15 +41,11 @@ def held_out(
         )
     if teacher is student and hasattr(student, "disable_adapter"):
         teacher = "adapters"
-    device = next(student.parameters()).device
     sums = {name: np.zeros(len(rollouts)) for name in ("loss", *(STATS if teacher is not None else ()))}
     positions: list[np.ndarray] = []
     divergences: list[np.ndarray] = []
-    with _evaluating(student), ExitStack() as stack:
-        if teacher is not None and not isinstance(teacher, str):
-            stack.enter_context(_evaluating(teacher))
-        for places in batches(rollouts, batch_tokens):
-            batch = {k: v.to(device) for k, v in collate([rollouts[place] for place in places], pad_id).items()}
+    with evaluating(student, teacher):
+        for places, batch in device_batches(student, rollouts, pad_id, batch_tokens):
             columns = _columns(student, teacher, batch)
             learnt_BS = batch["learnt"][:, 1:].bool().cpu().numpy()
             row_N, _ = learnt_BS.nonzero()
@@ -95,6 +91,16 @@ def by_position(positions_N: np.ndarray, divergences_N: np.ndarray) -> list[dict
     ]
 
 
+def device_batches(
+    model: Any, rollouts: Sequence[Rollout], pad_id: int, batch_tokens: int
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """(places, batch of them) as in `batches`, on the model's device."""
+    device = next(model.parameters()).device
+    for places in batches(rollouts, batch_tokens):
+        batch = collate([rollouts[place] for place in places], pad_id)
+        yield places, {name: values.to(device) for name, values in batch.items()}
+
+
 def batches(rollouts: Sequence[Rollout], batch_tokens: int) -> Iterator[list[int]]:
     """Places of `rollouts`, longest first: at most `batch_tokens` tokens a batch, with padding (one row at least)."""
     order = sorted(range(len(rollouts)), key=lambda place: -len(rollouts[place].tokens))
@@ -105,9 +111,12 @@ def batches(rollouts: Sequence[Rollout], batch_tokens: int) -> Iterator[list[int
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def evaluating(*models: Any) -> Iterator[None]:
+    """Eval mode for what is a model among `models`; each module's mode is as before afterwards."""
+    found = [model for model in models if isinstance(model, torch.nn.Module)]
+    modes = [(module, module.training) for model in found for module in model.modules()]
+    for model in found:
+        model.eval()
     try:
         yield
     finally:

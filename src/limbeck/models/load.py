@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from limbeck.errors import ModelError, did_you_mean
 
@@ -68,6 +74,34 @@ def load_tokenizer(path: PathLike, *, trust_remote_code: bool = False) -> PreTra
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def load_sequence_classifier(
+    path: PathLike, *, device: torch.device | str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classifier with one logit (a reward model), in float32 and eval mode, and its tokenizer, which has a
+    pad token. Raises ModelError as `load_model` does, and for another kind of model or number of logits."""
+    source, options = locate(path)
+    if "gguf_file" in options:
+        raise ModelError(f"{path}: expected a classifier's folder with safetensors, found a .gguf file")
+    _require_safetensors(source)
+    with _one_line(f"{path}: expected a sequence classifier"):
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    model, info = loaded
+    kind = next(iter(model.config.architectures or ()), "no architecture")
+    if not kind.endswith("ForSequenceClassification") or model.config.num_labels != 1:
+        raise ModelError(
+            f"{path}: expected a sequence classifier with one logit, found {kind} with "
+            f"{model.config.num_labels}; name the folder of a reward model (num_labels 1)"
+        )
+    _require_whole(path, info)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id  # decoders read the logit before the first of them
+    return move(model, device).eval(), tokenizer
 
 
 def locate(path: PathLike, *, config: str = "config.json") -> tuple[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from limbeck.ops.chunked import linear_terms
-from limbeck.types import Head, Signal, Terms
+from limbeck.types import Context, Head, Signal, Terms
 
 
 def cross_entropy(
@@ -14,6 +14,7 @@ def cross_entropy(
     signal: Signal | None,
     tokens_N: torch.Tensor,
     *,
+    context: Context | None = None,
     stats: tuple[str, ...] = (),
 ) -> Terms:
     """loss_N = -log q(tokens_N), nats. A `signal` is not needed; where it is given it serves the statistics alone."""

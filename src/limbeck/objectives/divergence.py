@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from limbeck.ops.chunked import linear_terms
-from limbeck.types import Head, Signal, Terms
+from limbeck.types import Context, Head, Signal, Terms
 
 
 def divergence(
@@ -17,6 +17,7 @@ def divergence(
     signal: Signal | None,
     tokens_N: torch.Tensor,
     *,
+    context: Context | None = None,
     name: str | Callable[..., torch.Tensor] = "forward_kl",
     temperature: float = 1.0,
     cross_entropy_weight: float = 0.0,

@@ -87,6 +87,7 @@ def linear_terms(
     divergence: str | Divergence | None = None,
     temperature: float = 1.0,
     weights: tuple[float, float] | WeightFunction | None = None,
+    weights_see: Sequence[str] = ("student", "teacher"),
     stats: Sequence[str] = (),
     chunk_tokens: int | None = None,
     **params: Any,
@@ -97,7 +98,8 @@ def linear_terms(
     `divergence` is a key of `DIVERGENCES` or a function like its entries, given `params`; both models' logits are
     divided by `temperature` for it (no hidden factor of T^2). The likelihood, the weights' arguments and `stats` (keys
     of `STATS`) are at temperature 1. `weights` = (w_divergence, w_nll), by default (1, 0), or (0, 1) without a
-    divergence, or a function called once a tile of rows. `chunk_tokens` trades memory for speed and changes no result.
+    divergence, or a function called once a tile of rows; `weights_see` says whose log-probabilities it is given (each
+    costs a pass over the logits), None for the other. `chunk_tokens` trades memory for speed and changes no result.
 
     Raises RecipeError for unknown names and terms that lack their teacher, PreflightError where the vocabularies differ
     in size, ValueError for shapes and numbers out of range.
@@ -119,6 +121,7 @@ def linear_terms(
         signal=signal,
         tokens_N=tokens_N,
         weights=weights,
+        weights_see=tuple(weights_see),
         chunk_tokens=chunk_tokens or _chunk_tokens(head.size, dtype),
         student_dtype=dtype,
         teacher_dtype=_product_dtype(signal.head.weight_VH) if isinstance(signal, Hidden) else dtype,
@@ -142,6 +145,7 @@ class _Plan:
     signal: Signal | None
     tokens_N: Tensor | None
     weights: tuple[float, float] | WeightFunction
+    weights_see: tuple[str, ...]
     chunk_tokens: int
     student_dtype: torch.dtype
     teacher_dtype: torch.dtype
@@ -254,7 +258,7 @@ class _LinearTerms(torch.autograd.Function):
 
         again = _Gradients(hidden_NH, head, ctx.needs_input_grad)
         request = replace(ctx.plan.request, stats=())
-        _sweep(replace(ctx.plan, request=request, weights=weights), hidden_NH, head, again)
+        _sweep(replace(ctx.plan, request=request, weights=weights, weights_see=()), hidden_NH, head, again)
         return again.results()
 
 
@@ -333,8 +337,11 @@ def _weights(plan: _Plan, place: slice, tile: Tile) -> tuple[Weight, Weight]:
         return plan.weights
     student_n = teacher_n = None
     if tile.tokens_n is not None:
-        student_n = token_logprobs(plan.request.student.logits(tile.student_nV, tile.student_bias_V), tile.tokens_n)
-        if tile.teacher_nV is not None and plan.request.teacher is not None and tile.top_tokens_nK is None:
+        if "student" in plan.weights_see:
+            student_n = token_logprobs(plan.request.student.logits(tile.student_nV, tile.student_bias_V), tile.tokens_n)
+        full = tile.teacher_nV is not None and plan.request.teacher is not None and tile.top_tokens_nK is None
+        if "teacher" in plan.weights_see and full:
+            assert tile.teacher_nV is not None and plan.request.teacher is not None
             teacher_logits_nV = plan.request.teacher.logits(tile.teacher_nV, tile.teacher_bias_V)
             teacher_n = token_logprobs(teacher_logits_nV, tile.tokens_n)
     return plan.weights(place, student_n, teacher_n)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -19,13 +20,13 @@ from limbeck.errors import RecipeError, did_you_mean
 from limbeck.evaluation import mean_interval, paired_difference
 from limbeck.methods import METHODS
 from limbeck.pipeline import ranks
-from limbeck.pipeline.distilling import Run, distill, finished, write_json
+from limbeck.pipeline.distilling import Run, distill, finished, start_stage, write_json
 from limbeck.pipeline.limit import Limit
 from limbeck.pipeline.table import print_comparison
-from limbeck.recipe import RECIPES, Recipe
-from limbeck.report import environment, write_report
+from limbeck.recipe import RECIPES, Recipe, apply_overrides
+from limbeck.report import environment, units, write_report
 
-LOWER_IS_BETTER = ("loss", "forward_kl", "reverse_kl")
+HELD_OUT = ("loss", "forward_kl", "reverse_kl", "agreement")
 CSV_COLUMNS = ("study", "method", "seed", "metric", "value", "seconds", "command", "commit")
 
 
@@ -41,13 +42,15 @@ def compare(
     """Trains every method with every seed from that seed's start, evaluates alike, and writes comparison.json,
     results.csv and report.html into the recipe's `output`, which is returned.
 
+    A method may carry changes of its recipe, `minillm:length_norm=false+teacher_mix=0`: an ablation, or a sweep.
+
     The start is the recipe's `init` (an SFT stage, one a seed, shared by the methods) or the student as it is. A cell
     whose recipe and limit are unchanged is not run again. Raises LimbeckError before anything is trained.
     """
     ranks.one_process("compare")
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, [])
     limit, seeds, console = limit or Limit(), seeds or [recipe.seed], console or Console()
-    for method in methods:
+    for method in (variant.partition(":")[0] for variant in methods):
         if method not in RECIPES:
             raise RecipeError(
                 f"--methods: expected some of {', '.join(RECIPES)}; found {method!r}{did_you_mean(method, RECIPES)}"
@@ -68,17 +71,23 @@ def compare(
     return folder
 
 
-def _cell(recipe: Recipe, method: str, seed: int, limit: Limit, folder: Path) -> Recipe:
-    return recipe.with_method(
-        method, seed=seed, training=limit.training(), output=str(folder / "runs" / f"{method}-seed{seed}"), init=None
+def _cell(recipe: Recipe, variant: str, seed: int, limit: Limit, folder: Path) -> Recipe:
+    method, _, changes = variant.partition(":")
+    place = re.sub(r"[^\w.=+-]", "_", variant)
+    cell = recipe.with_method(
+        method, seed=seed, training=limit.training(), output=str(folder / "runs" / f"{place}-seed{seed}"), init=None
     )
+    settings = {**cell.model_dump(exclude_unset=True), "method": method}
+    return Recipe.parse(apply_overrides(settings, changes.split("+")), where=variant) if changes else cell
+
+
+def _label(variant: str) -> str:
+    method, _, changes = variant.partition(":")
+    return METHODS[method].label + (f", {changes.replace('+', ', ')}" if changes else "")
 
 
 def _start(recipe: Recipe, seed: int, folder: Path) -> Run:
-    assert recipe.init is not None
-    stage = recipe.with_method(
-        "sft", seed=seed, training=recipe.init.training, output=str(folder / f"start-seed{seed}"), init=None
-    ).replaced(evaluation={"prompts": 0})
+    stage = start_stage(recipe, seed, folder / f"start-seed{seed}")
     done = finished(folder / f"start-seed{seed}", stage)
     if done is None:
         shutil.rmtree(folder / f"start-seed{seed}", ignore_errors=True)
@@ -112,7 +121,7 @@ def _comparison(
         rows.append(
             {
                 "method": method,
-                "label": METHODS[method].label,
+                "label": _label(method),
                 "recipe": str((runs[method, seeds[0]].folder / "recipe.yaml").relative_to(folder)),
                 "metrics": _over_seeds(own, "metrics"),
                 "seconds": float(np.mean([run["seconds"] for run in own])),
@@ -123,7 +132,7 @@ def _comparison(
     compared = [name for name in compared if name in first["per_prompt"]]
     pairs = [_pair(a, b, name, seeds, runs) for name in compared for b, a in combinations(methods, 2)]
     return {
-        "title": f"{', '.join(METHODS[m].label for m in methods)} from one start",
+        "title": f"{', '.join(_label(method) for method in methods)} from one start",
         "budget": str(limit),
         "seeds": seeds,
         "command": shlex.join(["limbeck", *sys.argv[1:]]),
@@ -150,7 +159,7 @@ def _pair(a: str, b: str, name: str, seeds: list[int], runs: dict[tuple[str, int
     values = [np.array([runs[method, seed].metrics["per_prompt"][name] for seed in seeds]) for method in (a, b)]
     weights = _weights(runs[a, seeds[0]].metrics, "per_prompt", name)
     difference = paired_difference(
-        values[0], values[1], seeds="training", weights=weights, lower_is_better=name in LOWER_IS_BETTER
+        values[0], values[1], seeds="training", weights=weights, lower_is_better=units.lower_is_better(name)
     )
     return {"a": a, "b": b, "metric": name, **asdict(difference)}
 
@@ -158,7 +167,7 @@ def _pair(a: str, b: str, name: str, seeds: list[int], runs: dict[tuple[str, int
 def _weights(run: dict[str, Any], per_prompt: str, name: str) -> np.ndarray | None:
     """Held-out numbers are means over tokens; a task's metric is a mean over prompts."""
     tokens = run[per_prompt].get("tokens")
-    held_out = name in (*LOWER_IS_BETTER, "agreement")
+    held_out = name in HELD_OUT
     return np.array(tokens) if held_out and tokens is not None else None
 
 

@@ -43,6 +43,7 @@ def distill(
     student: Any = None,
     teacher: Any = None,
     dataset: Any = None,
+    reward: Any = None,
     callbacks: tuple[Any, ...] | list[Any] = (),
     resume: bool = False,
     limit: Limit | None = None,
@@ -52,10 +53,10 @@ def distill(
 ) -> Run:
     """Trains, evaluates, reports.
 
-    `student` and `teacher` may be (model, tokenizer) in memory, `dataset` a datasets.Dataset or a list of rows; each
-    takes the place of what the recipe names. `resume` goes on from the newest whole checkpoint in the recipe's
-    `output`. `limit` (pipeline.Limit) ends training by seconds or tokens. `memo` is a folder that keeps the
-    evaluations of teacher and start, so that runs which share them share that work.
+    `student` and `teacher` may be (model, tokenizer) in memory, `dataset` a datasets.Dataset or list of rows, `reward`
+    a function (completion, reference) -> float; each takes the place of what the recipe names. `resume` goes on from
+    the newest whole checkpoint in the recipe's `output`. `limit` (pipeline.Limit) ends training by seconds or tokens.
+    `memo` is a folder that keeps the evaluations of teacher and start, so that runs which share them share that work.
 
     Raises LimbeckError; nothing is trained before every check has passed.
     """
@@ -74,7 +75,9 @@ def distill(
         student = None
     if ranks.first():
         recipe.save(folder / "recipe.yaml")
-    parts = build(_as_before(recipe, folder) if resume else recipe, student=student, teacher=teacher, rows=dataset)
+    parts = build(
+        _as_before(recipe, folder) if resume else recipe, student=student, teacher=teacher, rows=dataset, reward=reward
+    )
     command = shlex.join(["limbeck", *sys.argv[1:]])
     dtype = "fp32" if parts.autocast is None else "bf16"
     if ranks.first():
@@ -133,15 +136,20 @@ def _as_before(recipe: Recipe, folder: Path) -> Recipe:
 
 def _start(recipe: Recipe, folder: Path, *, student: Any, teacher: Any, dataset: Any, quiet: bool) -> Run:
     """The SFT stage that the method goes on from; kept, and trained again only if its recipe changed."""
-    assert recipe.init is not None
-    stage = recipe.with_method("sft", training=recipe.init.training, output=str(folder), init=None).replaced(
-        evaluation={"prompts": 0}
-    )
+    stage = start_stage(recipe, recipe.seed, folder)
     done = finished(folder, stage)
     if done is not None:
         return done
     shutil.rmtree(folder, ignore_errors=True)
     return distill(stage, student=student, teacher=teacher, dataset=dataset, quiet=quiet, report=False)
+
+
+def start_stage(recipe: Recipe, seed: int, folder: Path) -> Recipe:
+    """The recipe of the SFT stage that `init` asks for."""
+    assert recipe.init is not None
+    stage = recipe.with_method("sft", seed=seed, training=recipe.init.training, output=str(folder), init=None)
+    steps = recipe.init.evaluation_steps
+    return stage.replaced(evaluation={"prompts": 0, "steps": steps, "rows": recipe.evaluation.rows})
 
 
 def finished(folder: Path, recipe: Recipe) -> Run | None:

@@ -17,7 +17,7 @@ def print_comparison(comparison: dict[str, Any], console: Console) -> None:
     shown = [name for name in (main, f"{main}_greedy", "forward_kl", "reverse_kl") if name in names]
     shown = list(dict.fromkeys(shown))
     table = Table(title=f"{comparison['title']}: {comparison['budget']}, training seeds {comparison['seeds']}")
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold", max_width=28)
     for name in shown:
         table.add_column(TITLES.get(name, name.replace("_", " ")), justify="right")
     table.add_column("steps", justify="right")

@@ -67,44 +67,53 @@ def write_report(folder: Path | list[Path], out: Path | None = None) -> Path:
     return target
 
 
-def render(report: Report) -> str:
-    """The page as text."""
+def templates() -> jinja2.Environment:
+    """The templates of this folder, by file name."""
     package = files("limbeck.report")
-    pages = jinja2.Environment(
+    return jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda file: package.joinpath(file).read_text(encoding="utf-8")),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+
+
+def render(report: Report) -> str:
+    """The page as text."""
+    package = files("limbeck.report")
     styles = styles_of(report)
     shown = cards(report.groups)
-    return pages.get_template("page.html.j2").render(
-        report=report,
-        styles=styles,
-        markers=MARKERS,
-        css=package.joinpath("style.css").read_text(encoding="utf-8"),
-        script=package.joinpath("script.js").read_text(encoding="utf-8"),
-        lead=headline(report),
-        tiles=tiles(report),
-        facts=facts(report),
-        table=results(report),
-        dots=main_dots(report, styles),
-        pairs=pair_views(report),
-        every_seed=seed_values(report),
-        models=models(report),
-        training=training_charts(report.groups, styles, MAIN),
-        more=training_charts(report.groups, styles, MORE),
-        evaluations=evaluation_charts(report.groups, styles, report.metric),
-        position=position_chart(report.groups, styles),
-        times=times(report.groups),
-        cards=shown[:CARDS],
-        all_cards=len(shown),
-        open_cards=OPEN,
-        rollouts=rollouts(report.groups),
-        recipes=recipes(report),
-        environment=machine(report.groups),
-        units=units,
+    return (
+        templates()
+        .get_template("page.html.j2")
+        .render(
+            report=report,
+            styles=styles,
+            markers=MARKERS,
+            css=package.joinpath("style.css").read_text(encoding="utf-8"),
+            script=package.joinpath("script.js").read_text(encoding="utf-8"),
+            lead=headline(report),
+            tiles=tiles(report),
+            facts=facts(report),
+            table=results(report),
+            dots=main_dots(report, styles),
+            pairs=pair_views(report),
+            every_seed=seed_values(report),
+            models=models(report),
+            training=training_charts(report.groups, styles, MAIN),
+            more=training_charts(report.groups, styles, MORE),
+            evaluations=evaluation_charts(report.groups, styles, report.metric),
+            position=position_chart(report.groups, styles),
+            times=times(report.groups),
+            cards=shown[:CARDS],
+            all_cards=len(shown),
+            open_cards=OPEN,
+            rollouts=rollouts(report.groups),
+            recipes=recipes(report),
+            environment=machine(report.groups),
+            units=units,
+        )
     )
 
 

@@ -24,6 +24,7 @@ NAMES = {
     "grad_norm": "Gradient norm",
     "learning_rate": "Learning rate",
     "rouge_l": "ROUGE-L",
+    "rouge_2": "ROUGE-2",
     "bleu": "BLEU",
 }
 
@@ -44,7 +45,7 @@ def name(key: str) -> str:
 
 
 def lower_is_better(key: str) -> bool:
-    return any(word in key for word in ("kl", "loss", "perplexity", "divergence"))
+    return any(word in key for word in ("kl", "loss", "perplexity", "divergence", "repetition"))
 
 
 def decimals(half_widths: Iterable[float]) -> int:

@@ -1,4 +1,4 @@
-"""GKD's mixture: a share lmbda of the sequences is written by the student, the rest is offline text."""
+"""A mixture of two writers: in GKD a share lmbda of the sequences is the student's, the rest is offline text."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from limbeck.types import Example, Rollout, Source
 class Mixed:
     """A coin a sequence, or one a step as in Algorithm 1 of the GKD paper (arXiv 2306.13649).
 
-    Coins come from (seed, step, row), so ranks, micro-batches and resumes agree on them.
+    A share `lmbda` comes from `first`, the rest from `second`. Coins come from (seed, step, row), so ranks,
+    micro-batches and resumes agree on them.
     """
 
-    student: Source
-    offline: Source
+    first: Source
+    second: Source
     lmbda: float
     unit: Literal["sequence", "step"]
     seed: int
 
     def __call__(self, examples: list[Example], step: int) -> list[Rollout]:
-        by_student = [self._coin(step, example.index) < self.lmbda for example in examples]
-        written = iter(self._from(self.student, examples, by_student, True, step))
-        offline = iter(self._from(self.offline, examples, by_student, False, step))
-        return [next(written if chosen else offline) for chosen in by_student]
+        heads = [self._coin(step, example.index) < self.lmbda for example in examples]
+        first = iter(self._from(self.first, examples, heads, True, step))
+        second = iter(self._from(self.second, examples, heads, False, step))
+        return [next(first if head else second) for head in heads]
 
     def _from(
-        self, source: Source, examples: list[Example], by_student: list[bool], wanted: bool, step: int
+        self, source: Source, examples: list[Example], heads: list[bool], wanted: bool, step: int
     ) -> list[Rollout]:
-        chosen = [example for example, flag in zip(examples, by_student, strict=True) if flag is wanted]
+        chosen = [example for example, head in zip(examples, heads, strict=True) if head is wanted]
         return source(chosen, step) if chosen else []
 
     def _coin(self, step: int, index: int) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from limbeck.data import Summary, read, render
+from limbeck.data.corpus import Corpus
 from limbeck.data.embedded import TEACHER
 from limbeck.decoding import Sampling
 from limbeck.errors import DataError, RecipeError
@@ -30,12 +33,20 @@ from limbeck.models import (
     set_vocabulary,
 )
 from limbeck.models.teaching import ADAPTERS
-from limbeck.objectives import OBJECTIVES
+from limbeck.objectives import OBJECTIVES, MiniLLM
 from limbeck.plugins import imported
 from limbeck.recipe import Recipe
-from limbeck.sources import Mixed, Student, Teacher, dataset
+from limbeck.scoring import Reward, build_reward, check_reward, reward_name
+from limbeck.sources import Mixed, Rewarded, Student, Teacher, TokenMix, dataset
 from limbeck.teachers import TextCache, default_folder, weights_hash
-from limbeck.types import Example, Objective, Source
+from limbeck.training.trainer import Beside
+from limbeck.types import Credit, Example, Objective, Source
+
+START = "start"
+"""In the place of a teacher: the student as it is before training, which regularised RL stays close to."""
+
+OTHER_COINS = 1 << 32
+"""Added to the seed for the coins between data set and teacher: not those between them and the student."""
 
 
 @dataclass
@@ -51,20 +62,27 @@ class Parts:
     stop_tokens: tuple[int, ...]
     autocast: torch.dtype | None
     args: TrainingArguments
+    reward: Reward | None = None
     notes: list[str] = field(default_factory=list[str])
 
 
-def build(recipe: Recipe, *, student: Any = None, teacher: Any = None, rows: Any = None) -> Parts:
+def build(recipe: Recipe, *, student: Any = None, teacher: Any = None, rows: Any = None, reward: Any = None) -> Parts:
     """Loads models and data and checks that they fit. `student` and `teacher` may be (model, tokenizer) in memory,
-    `rows` a data set in memory; each takes the place of what the recipe names.
+    `rows` a data set in memory, `reward` a function; each takes the place of what the recipe names.
 
     Raises LimbeckError: RecipeError, DataError, ModelError, PreflightError.
     """
     args = training_arguments(recipe)
     notes: list[str] = []
-    teacher_model, teacher_tokenizer = _teacher(recipe, args, teacher, notes)
+    from_start = recipe.teacher == START and teacher is None
+    teacher_model: Any = None
+    teacher_tokenizer: Any = None
+    if not from_start:
+        teacher_model, teacher_tokenizer = _teacher(recipe, args, teacher, notes)
     student_model, tokenizer = _student(recipe, args, student, teacher_model, teacher_tokenizer)
-    if teacher_model is not None and _shares_weights(recipe):
+    if from_start and recipe.student.lora is None:
+        teacher_model, teacher_tokenizer = copy.deepcopy(student_model).requires_grad_(False).eval(), tokenizer
+    if from_start and recipe.student.lora is not None or teacher_model is not None and _shares_weights(recipe):
         teacher_model = ADAPTERS
     elif teacher_model is not None:
         vocabulary = preflight(student_model, tokenizer, teacher_model, teacher_tokenizer)
@@ -84,6 +102,7 @@ def build(recipe: Recipe, *, student: Any = None, teacher: Any = None, rows: Any
         stop_tokens=eos_tokens(student_model, tokenizer),
         autocast=autocast,
         args=args,
+        reward=_reward(recipe, reward, train, args.device),
         notes=notes,
     )
 
@@ -124,29 +143,53 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         raise RecipeError(f"training: {' '.join(str(error).split())}") from None
 
 
-def build_source(recipe: Recipe, parts: Parts) -> Source:
-    """Who writes, by the method's line in METHODS."""
+def build_source(recipe: Recipe, parts: Parts, upcoming: Callable[[int], list[Example]] | None = None) -> Source:
+    """Who writes, by the method's line in METHODS. `upcoming` is for the teacher (see `sources.Teacher`)."""
     name = METHODS[recipe.method].source
     as_it_is = partial(dataset, stop_tokens=parts.stop_tokens)
     if name == "dataset":
         return as_it_is
     if name == "teacher":
-        return _writing_teacher(recipe, parts)
+        return _writing_teacher(recipe, parts, upcoming)
     if is_sharded(parts.student):
         raise RecipeError(
             f"method {recipe.method}: expected a student that is whole on every rank to write with; found one "
             "sharded by FSDP; use DDP (plain torchrun), or a method that does not write: sft, seqkd, kd"
         )
-    writer = Student(parts.student, _sampling(recipe, parts), parts.tokenizer, _own(recipe, "int8_rollouts"))
-    offline = _writing_teacher(recipe, parts) if _own(recipe, "offline") == "teacher" else as_it_is
+    if name == "token_mix":
+        if parts.teacher == ADAPTERS:
+            raise RecipeError(
+                f"method {recipe.method}: expected a teacher beside the student, to write with it token by token; "
+                "found the student's own base under LoRA; use another teacher, or method gkd"
+            )
+        sampling, share = _sampling(recipe, parts), _own(recipe, "teacher_mix")
+        return TokenMix(parts.student, parts.teacher, share, sampling, parts.tokenizer)
+    int8, samples = _own(recipe, "int8_rollouts"), _own(recipe, "samples")
+    if parts.args.train_batch_size % samples:
+        raise RecipeError(
+            f"samples: expected a divisor of training.per_device_train_batch_size {parts.args.train_batch_size}, which "
+            f"counts sequences, found {samples}: a prompt's samples stay together"
+        )
+    writer = Student(parts.student, _sampling(recipe, parts), parts.tokenizer, int8, samples)
+    offline: Source = as_it_is
+    if _own(recipe, "offline") != "dataset":
+        offline = _writing_teacher(recipe, parts, upcoming)
+    if _own(recipe, "offline") == "both":
+        offline = Mixed(offline, as_it_is, 0.5, "sequence", recipe.seed + OTHER_COINS)
     return Mixed(writer, offline, _own(recipe, "lmbda"), _own(recipe, "lmbda_unit"), recipe.seed)
 
 
-def build_objective(recipe: Recipe) -> Objective:
-    """What the student minimises, by the method's line in METHODS."""
-    objective = OBJECTIVES[METHODS[recipe.method].objective]
-    if METHODS[recipe.method].objective != "divergence":
-        return objective
+def build_objective(recipe: Recipe, *, rewarded: bool = False) -> Objective:
+    """What the student minimises, by the method's line in METHODS; a reward makes GKD's divergence part of `policy`."""
+    name = METHODS[recipe.method].objective
+    if name == "policy":
+        return partial(OBJECTIVES[name], name="reverse_kl", clip=_own(recipe, "clip"))
+    if name != "divergence":
+        return OBJECTIVES[name]
+    objective = OBJECTIVES[name]
+    if rewarded:
+        alpha = _own(recipe, "alpha")
+        objective = partial(OBJECTIVES["policy"], divergence_weight=alpha, policy_weight=1 - alpha, per_sequence=True)
     divergence = _own(recipe, "divergence")
     name = divergence.name
     return partial(
@@ -156,6 +199,50 @@ def build_objective(recipe: Recipe) -> Objective:
         cross_entropy_weight=_own(recipe, "cross_entropy_weight"),
         **divergence.params,
     )
+
+
+def build_credit(recipe: Recipe, parts: Parts) -> Credit | None:
+    """What the tokens earn: MiniLLM's later rewards, a reward's advantage, or nothing."""
+    if recipe.method == "minillm":
+        return MiniLLM(**_own(recipe, "credit"))
+    if parts.reward is None:
+        return None
+
+    def row_of(index: int) -> dict[str, Any]:
+        return parts.train[index].row
+
+    return Rewarded(parts.reward, row_of, parts.tokenizer, parts.stop_tokens, _own(recipe, "samples"))
+
+
+def build_beside(recipe: Recipe, parts: Parts) -> Beside | None:
+    """MiniLLM's language-modelling term. RecipeError where it has a weight and no text."""
+    if recipe.method != "minillm" or _own(recipe, "corpus_weight") == 0:
+        return None
+    if recipe.data.corpus is None:
+        raise RecipeError(
+            "data.corpus: expected plain text for the language-modelling term, found none; name files of text, or set "
+            "corpus_weight=0"
+        )
+    share = _own(recipe, "teacher_share")
+    corpus = Corpus(recipe.data.corpus, parts.tokenizer, recipe.data.corpus_tokens)
+    objective = partial(OBJECTIVES["language_modelling"], teacher_share=share)
+    return Beside(corpus, objective, _own(recipe, "corpus_weight"), needs_teacher=share > 0)
+
+
+def _reward(recipe: Recipe, reward: Any, train: list[Example], device: Any) -> Reward | None:
+    """The reward of the recipe, or the one in memory, its columns checked on all rows."""
+    spec = reward if reward is not None else getattr(recipe, "reward", None)
+    if spec is None:
+        if getattr(recipe, "distill_weight", None) not in (None, 1.0):
+            raise RecipeError(
+                f"distill_weight: expected a reward beside it, found {_own(recipe, 'distill_weight')} alone"
+            )
+        return None
+    if recipe.method != "gkd":
+        raise RecipeError(f"reward: expected method gkd, which takes one, found {recipe.method}")
+    recipe.replaced(reward=reward_name(spec))  # a reward in memory asks for the same sampling as one that has a name
+    check_reward(spec, [example.row for example in train])
+    return build_reward(spec, device=device)
 
 
 def teacher_path(name: str) -> str:
@@ -171,10 +258,10 @@ def _sampling(recipe: Recipe, parts: Parts) -> Sampling:
     return Sampling(seed=recipe.seed, stop_tokens=parts.stop_tokens, **recipe.sampling.model_dump())
 
 
-def _writing_teacher(recipe: Recipe, parts: Parts) -> Teacher:
+def _writing_teacher(recipe: Recipe, parts: Parts, upcoming: Callable[[int], list[Example]] | None) -> Teacher:
     sampling = _sampling(recipe, parts)
     cache = TextCache(default_folder(), weights_hash(parts.teacher), sampling)
-    return Teacher(parts.teacher, sampling, parts.tokenizer, cache)
+    return Teacher(parts.teacher, sampling, parts.tokenizer, cache, upcoming)
 
 
 def _teacher(recipe: Recipe, args: TrainingArguments, teacher: Any, notes: list[str]) -> tuple[Any, Any]:
@@ -267,7 +354,7 @@ def _data(recipe: Recipe, tokenizer: Any, model: Any, rows: Any) -> tuple[list[E
 def _check_learnable(recipe: Recipe, train: list[Example]) -> None:
     """A method that trains on the data set's own text needs completions there."""
     offline = METHODS[recipe.method].source == "dataset" or (
-        recipe.method == "gkd" and _own(recipe, "offline") == "dataset" and _own(recipe, "lmbda") < 1
+        recipe.method == "gkd" and _own(recipe, "offline") != "teacher" and _own(recipe, "lmbda") < 1
     )
     if offline and not any(any(example.mask) for example in train):
         raise DataError(

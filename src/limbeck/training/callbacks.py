@@ -54,6 +54,7 @@ class RunLog(TrainerCallback):
                 "completion": self.tokenizer.decode(completion, skip_special_tokens=False),
                 "writer": rollout.writer,
                 "finish_reason": rollout.finish_reason,
+                **({} if rollout.reward is None else {"reward": rollout.reward}),
             }
             self._append("samples.jsonl", row)
 

@@ -39,10 +39,10 @@ class Checkpoints:
             accelerator.wait_for_everyone()
             if args.should_save:
                 _point_at_final(partial / name, self.folder / name, state)
-                _write_manifest(partial / name)
+                write_manifest(partial / name)
                 shutil.rmtree(self.folder / name, ignore_errors=True)
                 (partial / name).rename(self.folder / name)
-                _flush(self.folder)
+                flush(self.folder)
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "write" not in str(error) and "file" not in str(error):
                 raise
@@ -93,15 +93,16 @@ def flaw(checkpoint: Path) -> str | None:
     return None
 
 
-def _write_manifest(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
+    """Lists the files of a folder with their sizes, everything flushed: what `flaw` reads."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
-        _flush(path)
+        flush(path)
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps(sizes, indent=1))
-    _flush(manifest)
-    _flush(folder)
+    flush(manifest)
+    flush(folder)
 
 
 def _point_at_final(written: Path, final: Path, state: Any) -> None:
@@ -111,7 +112,8 @@ def _point_at_final(written: Path, final: Path, state: Any) -> None:
     state.save_to_json(str(written / "trainer_state.json"))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Has a file, or the names in a folder, on the disk itself. OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

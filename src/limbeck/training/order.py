@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -14,23 +15,38 @@ WINDOW = 50
 class EpochOrder(Sampler[int]):
     """Row numbers of one epoch, by transformers' `train_sampling_strategy`: `random`, shuffled by (seed, epoch);
     `sequential`, as they stand; `group_by_length`, shuffled, then sorted by `lengths` within windows of `WINDOW`
-    batches of `batch` rows, whose batches are shuffled again: little is padded."""
+    optimiser batches of `batch` rows, whose batches are shuffled again: little is padded.
+
+    `copies`: each row that often in a row (samples of one prompt). `passes`: each optimiser batch that often in a row
+    (inner epochs); then the last batch is filled up with the epoch's first rows, so that all are whole.
+    """
 
     def __init__(
-        self, size: int, seed: int, *, strategy: str = "random", lengths: Sequence[int] = (), batch: int = 1
+        self,
+        size: int,
+        seed: int,
+        *,
+        strategy: str = "random",
+        lengths: Sequence[int] = (),
+        batch: int = 1,
+        copies: int = 1,
+        passes: int = 1,
     ) -> None:
         self.size = size
         self.seed = seed
         self.strategy = strategy
         self.lengths = np.asarray(lengths)
         self.batch = batch
+        self.copies = copies
+        self.passes = passes
         self.epoch = 0
 
     def __len__(self) -> int:
-        return self.size
+        filled = self.size + (-self.size % self.batch if self.passes > 1 else 0)
+        return filled * self.copies * self.passes
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.permutation(self.epoch))
+        return iter(self.drawn(self.epoch))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -54,10 +70,18 @@ class EpochOrder(Sampler[int]):
             grouped += [*generator.permutation(batches), window[whole * self.batch :]]
         return np.concatenate(grouped)
 
+    def drawn(self, epoch: int) -> list[int]:
+        """The rows of an epoch with their copies, its optimiser batches with their passes."""
+        order = self.permutation(epoch)
+        if self.passes > 1:
+            order = list(islice(cycle(order), self.size + -self.size % self.batch))
+        batches = [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
+        return [row for batch in batches for _ in range(self.passes) for row in batch for _ in range(self.copies)]
+
     def rows(self, start: int, stop: int) -> list[int]:
         """The rows drawn from place `start` to `stop`, counted over epochs."""
         rows: list[int] = []
-        for epoch in range(start // self.size, (stop - 1) // self.size + 1):
-            first = epoch * self.size
-            rows += self.permutation(epoch)[max(start - first, 0) : stop - first]
+        for epoch in range(start // len(self), (stop - 1) // len(self) + 1):
+            first = epoch * len(self)
+            rows += self.drawn(epoch)[max(start - first, 0) : stop - first]
         return rows

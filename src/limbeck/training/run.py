@@ -9,8 +9,7 @@ from typing import Any
 
 from limbeck.methods import METHODS
 from limbeck.recipe import Recipe
-from limbeck.sources import Teacher
-from limbeck.training.build import Parts, build_objective, build_source
+from limbeck.training.build import Parts, build_beside, build_credit, build_objective, build_source
 from limbeck.training.callbacks import Bar, Budget, RunLog
 from limbeck.training.trainer import Trainer
 
@@ -27,7 +26,7 @@ def train(
     quiet: bool = False,
 ) -> tuple[Trainer, float]:
     """Trains `parts.student` in place. Returns the trainer and the seconds that training took, evaluation apart."""
-    source = build_source(recipe, parts)
+    source = build_source(recipe, parts, upcoming=lambda step: trainer.upcoming(step))
     log = RunLog(folder, parts.tokenizer)
     bar = Bar(METHODS[recipe.method].label, budget)
     trainer = Trainer(
@@ -35,7 +34,11 @@ def train(
         args=parts.args,
         examples=parts.train,
         source=source,
-        objective=build_objective(recipe),
+        objective=build_objective(recipe, rewarded=parts.reward is not None),
+        credit=build_credit(recipe, parts),
+        beside=build_beside(recipe, parts),
+        samples=getattr(recipe, "samples", 1),
+        inner_epochs=getattr(recipe, "inner_epochs", 1),
         teacher=parts.teacher if METHODS[recipe.method].signal != "none" else None,
         tokenizer=parts.tokenizer,
         autocast=parts.autocast,
@@ -46,14 +49,13 @@ def train(
     log.trainer = trainer
     if budget is not None:
         budget.trainer = trainer
-    if isinstance(source, Teacher):
-        source.upcoming = trainer.upcoming
     checkpoint = None
     if resume:
         checkpoint, faults = trainer.checkpoints.newest()
         for fault in faults:
             bar.progress.console.print(f"passed over {fault}")
         log.trim(int(checkpoint.name.split("-")[1]))
+        trainer.remember(checkpoint)
     start = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

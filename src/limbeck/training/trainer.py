@@ -7,26 +7,45 @@ optimiser step, on all ranks.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch.distributed.fsdp import FSDPModule
 
-from limbeck.data import collate, micro_batches
+from limbeck.data import at_learnt, collate, micro_batches
+from limbeck.data.corpus import Corpus
 from limbeck.errors import TrainingError
 from limbeck.models import completion_hidden
 from limbeck.models.teaching import teacher_hidden
+from limbeck.objectives.policy import GRADIENT_NORMS
 from limbeck.training.callbacks import Budget
 from limbeck.training.checkpoints import Checkpoints
+from limbeck.training.meter import Meter
 from limbeck.training.order import EpochOrder
-from limbeck.types import Example, Hidden, Objective, Rollout, Source
+from limbeck.types import Context, Credit, Example, Hidden, Objective, Rollout, Source
 
 SIGNAL_STATS = ("forward_kl", "reverse_kl", "agreement", "entropy")
+NORM_STEPS = 10
+"""Where there is credit, the norms of both terms' gradients are logged every so many steps."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A second term of the loss on plain text, divided by its own count of tokens; it takes the teacher's signal only
+    where it `needs_teacher`."""
+
+    corpus: Corpus
+    objective: Objective
+    weight: float
+    needs_teacher: bool = False
 
 
 def reshard(model: Any) -> None:
@@ -41,7 +60,9 @@ class Trainer(transformers.Trainer):
     """`transformers.Trainer` with limbeck's source, signal and objective.
 
     `teacher`: a model, None (no signal: SFT, SeqKD), or ADAPTERS (see `limbeck.models.teaching`).
-    `evaluator(model, step)` returns the numbers of one evaluation (`eval_*`).
+    `evaluator(model, step)` returns the numbers of one evaluation (`eval_*`). `credit` gives the rollouts of a step
+    their advantages; `samples` of a prompt stand together. `beside`: a term on plain text. `inner_epochs`: optimiser
+    steps on the same rollouts, whose teacher's hidden states are kept meanwhile.
     """
 
     def __init__(
@@ -54,6 +75,10 @@ class Trainer(transformers.Trainer):
         objective: Objective,
         teacher: Any = None,
         tokenizer: Any,
+        credit: Credit | None = None,
+        beside: Beside | None = None,
+        samples: int = 1,
+        inner_epochs: int = 1,
         autocast: torch.dtype | None = None,
         evaluator: Callable[[Any, int], dict[str, float]] | None = None,
         budget: Budget | None = None,
@@ -75,6 +100,10 @@ class Trainer(transformers.Trainer):
         self.source = source
         self.objective = objective
         self.teacher = teacher
+        self.credit = credit
+        self.beside = beside
+        self.samples = samples
+        self.inner_epochs = inner_epochs
         self.autocast = autocast
         self.evaluator = evaluator
         self.budget = budget
@@ -83,7 +112,9 @@ class Trainer(transformers.Trainer):
         self.tokens_seen = 0
         self.evaluation_seconds = 0.0
         self._order: EpochOrder | None = None
-        self._sums: dict[str, Any] = defaultdict(float)
+        self._signals: dict[int, Hidden] = {}
+        self._counts = (1, 1, 1)  # of the optimiser step on all ranks: learnt tokens, written sequences, corpus tokens
+        self._meter = Meter()
         self._seconds: dict[str, float] = defaultdict(float)
 
     # -- data: one optimiser step's rows in, its micro-batches out -------------------------------------------------
@@ -95,51 +126,81 @@ class Trainer(transformers.Trainer):
             self.args.seed,
             strategy=self.args.train_sampling_strategy,
             lengths=[len(example.tokens) for example in examples],
-            batch=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            batch=self._sequences * self.args.world_size // self.samples,
+            copies=self.samples,
+            passes=self.inner_epochs,
         )
         return self._order
+
+    @property
+    def _sequences(self) -> int:
+        """Of one optimiser step on one rank."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps
 
     def upcoming(self, step: int, steps: int = 16) -> list[Example]:
         """The rows of the optimiser steps [step, step + steps) on one process; empty on several."""
         if self.args.world_size > 1 or self._order is None:
             return []
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        batch = self._sequences
         last = step + min(steps, self.state.max_steps - step) if self.state.max_steps > 0 else step + steps
         return [self.train_dataset[row] for row in self._order.rows(step * batch, last * batch)]  # pyright: ignore
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Example]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
-        """Writes the rollouts of one optimiser step, groups them by length, cuts them into as many micro-batches as
-        the loader gave. Returns them with the number of learnt tokens on all ranks."""
+        """Writes the rollouts of one optimiser step (or takes those of the first inner epoch), groups them by length,
+        cuts them into as many micro-batches as the loader gave. Returns them with the learnt tokens on all ranks."""
         batches: list[list[Example]] = []
         for _ in range(num_batches):
             batch = next(epoch_iterator, None)
             if batch is not None:
                 batches.append(batch)
         examples = [example for batch in batches for example in batch]
-        with self._clock("rollout"):
-            self.rollouts = self.source(examples, self.state.global_step)
+        if self.state.global_step % self.inner_epochs == 0 or not self.rollouts:
+            self._signals.clear()
+            with self._clock("rollout"):
+                self.rollouts = self.source(examples, self.state.global_step)
+                if self.credit is not None:
+                    self.rollouts = self.credit(self.rollouts)
         micro = [self._collate(part) for part in micro_batches(self.rollouts, len(batches))] if batches else []
-        learnt = torch.tensor(sum(rollout.learnt for rollout in self.rollouts), device=device)
-        total = self.accelerator.gather(learnt.reshape(1)).sum().clamp(min=1)  # pyright: ignore
-        self._count_rollouts(total)
-        self._sums["cells"] += sum(batch["attention_mask"].numel() for batch in micro)
-        self._sums["padding"] += sum(int((batch["attention_mask"] == 0).sum()) for batch in micro)
-        return micro, total
+        for place, inputs in enumerate(micro):
+            inputs["place"] = torch.tensor(place)
+        corpus_tokens = self._add_corpus(micro, examples)
+        counts = [
+            sum(rollout.learnt for rollout in self.rollouts),
+            sum("advantage" in r.columns for r in self.rollouts),
+        ]
+        gathered: Any = self.accelerator.gather(torch.tensor([[*counts, corpus_tokens]], device=device))
+        learnt, sequences, corpus_tokens = gathered.sum(0).clamp(min=1).tolist()
+        self._counts = learnt, sequences, corpus_tokens
+        self._count_rollouts(learnt, micro)
+        return micro, torch.tensor(learnt, device=device)
 
-    def _collate(self, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:
+    def _collate(self, rollouts: list[Rollout]) -> dict[str, Any]:
         batch = collate(rollouts, self.processing_class.pad_token_id)  # pyright: ignore
         return {**batch, "rows": torch.tensor([rollout.index for rollout in rollouts])}
 
-    def _count_rollouts(self, total: torch.Tensor) -> None:
-        self.tokens_seen += int(total)
-        self._sums["tokens"] += sum(rollout.learnt for rollout in self.rollouts)
-        self._sums["rows"] += len(self.rollouts)
-        self._sums["at_limit"] += sum(rollout.finish_reason == "length" for rollout in self.rollouts)
-        for name in ("rollout_kl", "rollout_tokens"):
-            self._sums[name] += 0.0  # on every rank, whoever wrote
-        self._sums["by_student"] += sum(rollout.writer == "student" for rollout in self.rollouts)
+    def _add_corpus(self, micro: list[dict[str, Any]], examples: list[Example]) -> int:
+        """Gives each micro-batch its share of plain text, a block a sequence. Returns how many tokens are learnt."""
+        if self.beside is None or not examples:
+            return 0
+        blocks = self.beside.corpus.draw(examples, self.args.seed, self.state.global_step)
+        for place, inputs in enumerate(micro):
+            inputs["corpus"] = self._collate(blocks[place :: len(micro)])
+        return sum(block.learnt for block in blocks)
+
+    def _count_rollouts(self, learnt: int, micro: list[dict[str, Any]]) -> None:
+        self.tokens_seen += learnt
+        rows = len(self.rollouts)
+        self._meter.add("completion_tokens", sum(rollout.learnt for rollout in self.rollouts), rows)
+        self._meter.add("length_limit_share", sum(r.finish_reason == "length" for r in self.rollouts), rows)
+        self._meter.add("student_share", sum(rollout.writer == "student" for rollout in self.rollouts), rows)
+        for inputs in micro:
+            mask_BT = inputs["attention_mask"]
+            self._meter.add("padding_share", int((mask_BT == 0).sum()), mask_BT.numel())
+        rewards = [rollout.reward for rollout in self.rollouts if rollout.reward is not None]
+        if rewards:
+            self._meter.add("reward", sum(rewards), len(rewards))
 
     # -- loss ----------------------------------------------------------------------------------------------------
 
@@ -153,49 +214,70 @@ class Trainer(transformers.Trainer):
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Sum of loss_N over the learnt tokens / the optimiser step's count of learnt tokens on all ranks.
-
-        Times the number of processes, since DDP and FSDP average gradients over them.
-        """
+        """Sum of loss_N over the learnt tokens / the optimiser step's count of learnt tokens on all ranks, and the same
+        of the corpus by its own count, times the number of processes: DDP and FSDP average gradients over them."""
+        learnt, sequences, corpus_tokens = self._counts
+        found = inputs.get("columns", {})
+        columns_N = {name: at_learnt(values_BT, inputs["learnt"]) for name, values_BT in found.items()}
+        context = Context(columns_N, learnt, sequences)
         with self._precision():
             signal = self._signal(model, inputs)
             hidden_NH, tokens_N, head = completion_hidden(model, inputs)
             stats = SIGNAL_STATS if signal is not None else ("entropy",)
-            terms = self.objective(hidden_NH, head, signal, tokens_N, stats=stats)
-        loss_sum = terms.loss_N.sum()
-        if not torch.isfinite(loss_sum):
+            if self.credit is not None and self.state.global_step % NORM_STEPS == 0:
+                stats = (*stats, GRADIENT_NORMS)
+            terms = self.objective(hidden_NH, head, signal, tokens_N, context=context, stats=stats)
+            loss = terms.loss_N.sum() / learnt
+            if "corpus" in inputs:
+                loss = loss + self._corpus_loss(model, inputs["corpus"]) / corpus_tokens
+        if not torch.isfinite(loss):
             raise TrainingError(
-                f"step {self.state.global_step + 1}: expected a finite loss; found {loss_sum.item()} in the "
+                f"step {self.state.global_step + 1}: expected a finite loss; found {loss.item()} in the "
                 f"micro-batch of rows {inputs['rows'].tolist()}; lower training.learning_rate or max_grad_norm, "
                 "or look at these rows"
             )
-        self._add("divergence", terms.divergence_N)
-        self._add("cross_entropy", terms.nll_N)
-        self._add_rollout_kl(inputs, terms.nll_N)
-        for name, values_N in terms.stats.items():
-            self._add("student_entropy" if name == "entropy" else name, values_N)
-        assert num_items_in_batch is not None
-        return loss_sum / num_items_in_batch * self.accelerator.num_processes
+        for name, values_N in {"divergence": terms.divergence_N, "cross_entropy": terms.nll_N, **terms.stats}.items():
+            if values_N is not None:
+                self._meter.add_values("student_entropy" if name == "entropy" else name, values_N)
+        self._add_rollout_kl(columns_N, terms.nll_N)
+        return loss * self.accelerator.num_processes
 
-    def _add_rollout_kl(self, inputs: dict[str, torch.Tensor], nll_N: torch.Tensor | None) -> None:
-        """KL(writer || student) on what the student wrote, nats a token, by its own samples: 0 where the weights that
-        wrote are those that train, in the same precision."""
-        if "written_logprobs" not in inputs or nll_N is None:
+    def _corpus_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """The sum over the corpus's tokens, weighted."""
+        assert self.beside is not None
+        signal = None
+        if self.beside.needs_teacher:
+            with self._clock("teacher"):
+                signal = teacher_hidden(self.teacher, model, inputs)
+        hidden_NH, tokens_N, head = completion_hidden(model, inputs)
+        context = Context({}, self._counts[2], 1)
+        terms = self.beside.objective(hidden_NH, head, signal, tokens_N, context=context)
+        self._meter.add_values("corpus_loss", terms.loss_N)
+        return self.beside.weight * terms.loss_N.sum()
+
+    def _add_rollout_kl(self, columns_N: dict[str, torch.Tensor], nll_N: torch.Tensor | None) -> None:
+        """KL(writer || student) on what the student wrote alone, nats a token, by its own samples: 0 where the weights
+        that wrote are those that train, in the same precision."""
+        if "student_logprobs" not in columns_N or "teacher_logprobs" in columns_N or nll_N is None:
             return
-        gap_N = inputs["written_logprobs"][:, 1:][inputs["learnt"][:, 1:]] + nll_N.detach()
-        gap_N = gap_N[~gap_N.isnan()]
-        self._add("rollout_kl", gap_N)
-        self._sums["rollout_tokens"] += len(gap_N)
+        gap_N = columns_N["student_logprobs"] + nll_N.detach()
+        self._meter.add_values("rollout_kl", gap_N[~gap_N.isnan()])
 
     def _signal(self, model: Any, inputs: dict[str, torch.Tensor]) -> Hidden | None:
         if self.teacher is None:
             return None
+        place = int(inputs["place"])
+        if place in self._signals:
+            return self._signals[place]
         with self._clock("teacher"):
-            return teacher_hidden(self.teacher, model, inputs)
+            signal = teacher_hidden(self.teacher, model, inputs)
+        if self.inner_epochs > 1:
+            self._signals[place] = signal
+        return signal
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.args.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
@@ -218,10 +300,6 @@ class Trainer(transformers.Trainer):
 
     # -- what is logged ------------------------------------------------------------------------------------------
 
-    def _add(self, name: str, values_N: torch.Tensor | None) -> None:
-        if values_N is not None:
-            self._sums[name] += values_N.detach().sum().double()
-
     @contextmanager
     def _clock(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -236,28 +314,15 @@ class Trainer(transformers.Trainer):
         super().log(logs, start_time)
 
     def _step_numbers(self) -> dict[str, float]:
-        """Means over the tokens (or rows) of all steps since the last log, on all ranks."""
-        names = sorted(self._sums)
-        sums = torch.tensor([float(self._sums[name]) for name in names], dtype=torch.float64, device=self.args.device)
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(sums)
-        totals = dict(zip(names, sums.tolist(), strict=True))
-        rows, tokens = max(totals.pop("rows"), 1.0), max(totals.pop("tokens"), 1.0)
-        apart, written = totals.pop("rollout_kl"), totals.pop("rollout_tokens")
+        """Means since the last log, on all ranks, and this rank's seconds."""
+        sums = self._meter.read()
         seconds = {f"{part}_s": self._seconds[part] for part in ("rollout", "teacher", "student")}
-        numbers = {
-            "completion_tokens": tokens / rows,
-            "length_limit_share": totals.pop("at_limit") / rows,
-            "padding_share": totals.pop("padding") / max(totals.pop("cells"), 1.0),
-            "student_share": totals.pop("by_student") / rows,
-            **{name: total / tokens for name, total in totals.items()},
-            **({"rollout_kl": apart / written} if written else {}),
-            **seconds,
-            "tokens_per_s": tokens / max(sum(seconds.values()), 1e-9),
-        }
-        self._sums.clear()
         self._seconds.clear()
-        return numbers
+        return {
+            **{name: total / max(count, 1) for name, (total, count) in sums.items() if count},
+            **seconds,
+            "tokens_per_s": sums["completion_tokens"][0] / max(sum(seconds.values()), 1e-9),
+        }
 
     # -- evaluation and checkpoints ------------------------------------------------------------------------------
 
@@ -280,3 +345,26 @@ class Trainer(transformers.Trainer):
         """As transformers', but whole or not at all: temporary folder, fsync, rename."""
         with self.checkpoints.whole(self.state, self.accelerator, self.args):
             super()._save_checkpoint(model, trial)
+            if self.credit is not None or self.inner_epochs > 1:
+                folder = Path(self.checkpoints.place) / f"checkpoint-{self.state.global_step}"
+                self._memory(folder).write_text(
+                    json.dumps(
+                        {
+                            "rollouts": [asdict(rollout) for rollout in self.rollouts],
+                            "credit": self.credit.state if self.credit is not None else {},
+                        }
+                    )
+                )
+
+    def _memory(self, folder: Path) -> Path:
+        """What a rank remembers between steps: the rollouts of inner epochs, and the credit's state."""
+        return folder / f"memory-{self.args.process_index}.json"
+
+    def remember(self, checkpoint: Path) -> None:
+        """Takes up the rollouts and the credit's state that a checkpoint holds."""
+        memory = self._memory(checkpoint)
+        if memory.exists():
+            found = json.loads(memory.read_text())
+            self.rollouts = [Rollout(**rollout) for rollout in found["rollouts"]]
+            if self.credit is not None:
+                self.credit.state = found["credit"]
