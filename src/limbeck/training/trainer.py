@@ -33,7 +33,7 @@ from limbeck.training.order import EpochOrder
 from limbeck.types import Context, Credit, Example, Hidden, Objective, Rollout, Source
 
 SIGNAL_STATS = ("forward_kl", "reverse_kl", "agreement", "entropy")
-NORM_STEPS = 10
+NORM_STEPS = 50
 """Where there is credit, the norms of both terms' gradients are logged every so many steps."""
 
 
