@@ -17,19 +17,19 @@ from limbeck.evaluation import calibration, label_calibration, token_calibration
 
 
 def test_closed_form() -> None:
-    # (.2, .3]: .22 and .30 (the upper end belongs to it), one right; (.3, .4]: .31; (.9, 1]: .95 and 1, both right.
-    confidence, correct = np.array([0.22, 0.30, 0.31, 0.95, 1.0]), np.array([1.0, 0.0, 0.0, 1.0, 1.0])
+    # (.4, .5]: .42 and .50 (the upper end belongs to it), one right; (.5, .6]: .51; (.9, 1]: .95 and 1, both right.
+    confidence, correct = np.array([0.42, 0.50, 0.51, 0.95, 1.0]), np.array([1.0, 0.0, 0.0, 1.0, 1.0])
     found = calibration(confidence, correct)
-    assert found.ece == pytest.approx((2 * abs(0.5 - 0.26) + abs(0 - 0.31) + 2 * abs(1 - 0.975)) / 5)
-    assert (found.count, found.accuracy, found.confidence) == (5, 0.6, pytest.approx(0.556))
+    assert found.ece == pytest.approx((2 * abs(0.5 - 0.46) + abs(0 - 0.51) + 2 * abs(1 - 0.975)) / 5)
+    assert (found.count, found.accuracy, found.confidence) == (5, 0.6, pytest.approx(0.676))
     assert [(b["low"], b["count"]) for b in found.bins] == [
-        (pytest.approx(0.2), 2),
-        (pytest.approx(0.3), 1),
+        (pytest.approx(0.4), 2),
+        (pytest.approx(0.5), 1),
         (pytest.approx(0.9), 2),
     ]
-    assert found.bins[0]["confidence"] == pytest.approx(0.26) and found.bins[0]["accuracy"] == 0.5
+    assert found.bins[0]["confidence"] == pytest.approx(0.46) and found.bins[0]["accuracy"] == 0.5
     one = calibration(confidence, correct, bins=1)
-    assert one.ece == pytest.approx(abs(0.6 - 0.556)) and len(one.bins) == 1
+    assert one.ece == pytest.approx(abs(0.6 - 0.676)) and len(one.bins) == 1
     assert calibration(np.zeros(1), np.ones(1)).ece == 1.0
     with pytest.raises(DataError, match="found none"):
         calibration(np.empty(0), np.empty(0))

@@ -137,6 +137,10 @@ def test_the_curve_of_given_errors() -> None:
     sparse = np.full((5, 2), 1.0)
     sparse[1:, 1] = nan
     assert curve(sparse, sparse).prompts == [5]  # one of five goes on: the curve ends
+    swapped = curve(teacher_PL, student_PL)  # now it is the teacher's texts that end
+    assert swapped.prompts == [3, 2, 1] and swapped.on_teacher == [1.0, 4.0, 8.0]
+    rounding = curve(np.full((2, 3), 3e-8), np.full((2, 3), 1e-8))
+    assert rounding.percent == rounding.low == rounding.high == [0.0] * 3
     alone = curve(student_PL[:1], teacher_PL[:1])
     assert alone.low is None and alone.high is None and alone.percent == pytest.approx([0.0, 50.0, 75.0])
 

@@ -11,6 +11,7 @@ import torch
 from toy_sequences import (
     ALL,
     STUDENT,
+    TEACHER,
     error,
     expectation,
     loss,
@@ -50,6 +51,20 @@ def test_the_current_steps_weight_alone_is_biased_and_of_lower_variance() -> Non
     assert 1e-3 < errors[0] < errors[1] < errors[2] < 0.5
     step = variance(minillm_gradients(0.5, length_norm=False))
     assert step < variance(minillm_gradients(0.5, length_norm=False, importance="product"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_every_sequences_gradient_is_that_of_the_published_loss(share: float) -> None:
+    """Written out: sum over t of w_t KL(q || p) at t - w_t R_{t+1} / (T - t), the second w_t alone differentiated."""
+    for (_, found), tokens in zip(minillm_gradients(share), ALL, strict=True):
+        student, teacher = STUDENT.of_tokens(tokens), TEACHER.of_tokens(tokens).detach()
+        mixture = ((1 - share) * student.exp() + share * teacher.exp()).detach()
+        weights, rewards = student.exp() / mixture, (teacher - student).detach()
+        whole = STUDENT.logprobs(tokens)
+        kl = (whole.exp() * (whole - TEACHER.logprobs(tokens).detach())).sum(-1)
+        later = [rewards[t + 1 :].sum() / max(len(tokens) - t - 1, 1) for t in range(len(tokens))]
+        expected = (weights.detach() * kl).sum() - (weights * torch.stack(later)).sum()
+        torch.testing.assert_close(found, STUDENT.gradient(expected), rtol=1e-9, atol=1e-12)
 
 
 def test_variance_falls_with_each_stabiliser() -> None:

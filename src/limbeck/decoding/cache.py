@@ -73,9 +73,9 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """A cache of `view.slots` rows for any model whose layers are attention layers."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, layer: type[SlotLayer] = SlotLayer) -> None:
         self.view = view
-        super().__init__(layer_class_to_replicate=lambda: SlotLayer(view))  # type: ignore[arg-type]
+        super().__init__(layer_class_to_replicate=lambda: layer(view))  # type: ignore[arg-type]
 
     def copy_rows(self, sources: torch.Tensor, targets: torch.Tensor, columns: slice) -> None:
         """Row `sources[i]` becomes row `targets[i]`, in these columns."""

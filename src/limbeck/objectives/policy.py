@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -65,20 +65,10 @@ def policy(
         gain_n = surrogate_weight(ratio_n, advantage_N[place].to(ratio_n.dtype), clip).nan_to_num(0.0)
         return share_N[place].to(ratio_n.dtype), gain_n + cross_entropy_weight
 
+    options: dict[str, Any] = {"divergence": name, "temperature": temperature, "weights": weights, **params}
     asked = tuple(stat for stat in stats if stat != GRADIENT_NORMS)
-    terms = linear_terms(
-        student_hidden_NH,
-        head,
-        signal,
-        tokens_N,
-        divergence=name,
-        temperature=temperature,
-        weights=weights,
-        weights_see=("student",),
-        stats=asked,
-        **params,
-    )
-    assert terms.nll_N is not None and terms.divergence_N is not None
+    terms = linear_terms(student_hidden_NH, head, signal, tokens_N, weights_see=("student",), stats=asked, **options)
+    assert terms.nll_N is not None
     nll_N = terms.nll_N.detach()
     ratio_N = ratios(slice(0, len(nll_N)), -nll_N)
     advantage_N = advantage_N.to(ratio_N.dtype)
@@ -88,8 +78,7 @@ def policy(
     if clip is not None:
         more |= {"importance": ratio_N, "clipped": ((weight_N == 0) & (advantage_N != 0)).to(ratio_N.dtype)}
     if GRADIENT_NORMS in stats and terms.loss_N.requires_grad:
-        more["divergence_gradient"] = _norms(terms.divergence_N, student_hidden_NH, share_N.to(ratio_N.dtype))
-        more["policy_gradient_norm"] = _norms(terms.nll_N, student_hidden_NH, weight_N)
+        more |= _gradient_norms(terms, student_hidden_NH, share_N.to(ratio_N.dtype), weight_N)
     # The value is the loss's; its gradient is already that of the weighted terms.
     loss_N = terms.loss_N - (weight_N * nll_N + gain_N)
     return Terms(loss_N, terms.divergence_N, terms.nll_N, {**terms.stats, **more})
@@ -102,9 +91,14 @@ def _column(values_N: torch.Tensor | None, tokens_N: torch.Tensor, default: floa
     return values_N.nan_to_num(default)
 
 
-def _norms(values_N: torch.Tensor, hidden_NH: torch.Tensor, weight_N: torch.Tensor) -> torch.Tensor:
-    """(N,): the length of each token's gradient of weight_N * values_N by its own hidden state."""
-    (gradient_NH,) = cast(
-        "tuple[torch.Tensor]", torch.autograd.grad(values_N, hidden_NH, grad_outputs=weight_N, retain_graph=True)
-    )
-    return gradient_NH.square().sum(-1).sqrt()
+def _gradient_norms(
+    terms: Terms, hidden_NH: torch.Tensor, share_N: torch.Tensor, weight_N: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """(N,) each: the length of a token's gradient by its own hidden state, of the divergence and of the surrogate."""
+    assert terms.nll_N is not None and terms.divergence_N is not None
+    found: dict[str, torch.Tensor] = {}
+    asked = {"divergence_gradient": (terms.divergence_N, share_N), "policy_gradient_norm": (terms.nll_N, weight_N)}
+    for name, (values_N, weights_N) in asked.items():
+        gradients = torch.autograd.grad(values_N, hidden_NH, grad_outputs=weights_N, retain_graph=True)
+        found[name] = gradients[0].square().sum(-1).sqrt()
+    return found

@@ -1,0 +1,85 @@
+"""How much is drafted, and by whom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from limbeck.decoding.live import Live
+
+
+@dataclass(frozen=True)
+class Choice:
+    """For one row and round: at most `gamma` tokens by the draft of this name; none (0, None): plain decoding."""
+
+    draft: str | None
+    gamma: int
+
+
+NOTHING = Choice(None, 0)
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """One row's part in a round: `kept[j]` says whether the j-th judged token stood, `confidence[j]` is the draft's."""
+
+    row: Live
+    draft: str
+    confidence: Sequence[float]
+    kept: Sequence[bool]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round cost and brought: `tokens` were emitted in `seconds`; the target read `rows` rows of `width` tokens
+    in `verify_seconds`. By draft: all that it took, and what one more step of it takes, where that is known."""
+
+    rows: int
+    width: int
+    tokens: int
+    seconds: float
+    verify_seconds: float
+    draft_seconds: Mapping[str, float]
+    step_seconds: Mapping[str, float]
+    drafted: Sequence[Drafted] = field(default_factory=list[Drafted])
+
+
+class Controller(Protocol):
+    def plan(self, rows: Sequence[Live]) -> list[Choice]:
+        """One choice a row, for the next round."""
+        ...
+
+    def go_on(self, draft: str, rows: Sequence[Live], confidence: Sequence[Sequence[float]]) -> bool:
+        """Whether to draft another token after these, all of which will be verified."""
+        ...
+
+    def record(self, round_: Round) -> None:
+        """A round is over."""
+        ...
+
+    def probed(self, tokens: int, seconds: float) -> None:
+        """A pass of the target over so many tokens takes so long, tried before anything is served."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Always `gamma` tokens by one draft, or by the one that a request names: what is drafted depends on the request
+    alone, so results can be repeated token for token."""
+
+    draft: str | None
+    gamma: int
+
+    def plan(self, rows: Sequence[Live]) -> list[Choice]:
+        names = [row.request.route or self.draft for row in rows]
+        return [Choice(name, self.gamma) if name is not None and self.gamma else NOTHING for name in names]
+
+    def go_on(self, draft: str, rows: Sequence[Live], confidence: Sequence[Sequence[float]]) -> bool:
+        return True
+
+    def record(self, round_: Round) -> None:
+        pass
+
+    def probed(self, tokens: int, seconds: float) -> None:
+        pass

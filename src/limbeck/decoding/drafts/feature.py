@@ -1,0 +1,136 @@
+"""A draft of one decoder layer that reads the target's hidden states (see `feature_net`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from limbeck.decoding.drafts import GoOn, Proposal
+from limbeck.decoding.drafts.feature_net import FeatureNet
+from limbeck.decoding.drafts.head import DraftHead
+from limbeck.decoding.drafts.model import check_state
+from limbeck.decoding.drafts.steps import draft_by_steps
+from limbeck.decoding.live import Live
+from limbeck.decoding.packed import check_packing, install, pack
+from limbeck.decoding.ragged_cache import RaggedCache, causal_mask
+from limbeck.errors import PreflightError
+from limbeck.models import output_head, unwrap, vocabulary_rows
+
+_LOST = -1
+
+
+class FeatureDraft:
+    """`net` belongs to the draft from now on. weights, ids_D: see `ModelDraft`. The target's embedding and output head
+    are used as they are."""
+
+    def __init__(self, net: FeatureNet, target: Any, *, weights: str = "own", ids_D: Tensor | None = None) -> None:
+        base: Any = unwrap(target)
+        self.embedding: Any = base.get_input_embeddings()
+        self.net = net.to(self.embedding.weight.device).eval()
+        check_packing(weights, self.embedding.weight.device)
+        self.weights = weights
+        self.target_head = output_head(base)
+        self.vocabulary = vocabulary_rows(base) or self.embedding.weight.shape[0]
+        self.head = DraftHead(self.target_head, self.vocabulary, weights, ids_D)
+        self.taps = net.shape.taps
+        self.cache = RaggedCache()
+        self.version = 0
+        self.benched = False
+        self.read: dict[Live, int] = {}  # columns of its slot made from the target's states
+        self.unread: dict[Live, list[Tensor]] = {}
+        if weights != "own":
+            install(net, pack(net, weights))
+
+    def bind(self, vocabulary: int) -> None:
+        if self.vocabulary != vocabulary:
+            raise PreflightError(
+                f"feature draft: expected the engine's target, of {vocabulary} tokens, found one of {self.vocabulary}: "
+                "make the draft for the target that is served"
+            )
+
+    def restrict(self, ids_D: Tensor | None) -> None:
+        """From the next round on these tokens alone are drafted, beside those of a request itself (None: all)."""
+        self.head = DraftHead(self.target_head, self.vocabulary, self.weights, ids_D)
+
+    def open(self, row: Live) -> None:
+        self.read[row] = 0
+        self.unread[row] = []
+
+    def close(self, row: Live) -> None:
+        del self.read[row], self.unread[row]
+        self.head.close(row)
+
+    def move(self, source: int, target: int) -> None:
+        self.cache.copy_row(source, target)
+
+    def settle(self, row: Live, known: int, hidden_TF: Tensor | None) -> None:
+        assert hidden_TF is not None
+        self.unread[row].append(hidden_TF)
+
+    def propose(self, rows: Sequence[Live], most: Sequence[int], go_on: GoOn) -> Proposal:
+        most = [0 if self.read[row] == _LOST else count for row, count in zip(rows, most, strict=True)]
+        vocabulary = self.head.of(rows)
+        state_B1H = torch.zeros(0)
+
+        def first() -> Tensor:
+            nonlocal state_B1H
+            starts = [max(self.read[row], 0) for row in rows]
+            features = [torch.cat(self.unread[row]) for row in rows]
+            states_BQH = self.net.fuse(
+                torch.nn.utils.rnn.pad_sequence(features, batch_first=True).to(self.net.fuse.weight.dtype)
+            )
+            tokens = [
+                row.tokens[start + 1 : start + 1 + len(piece)]
+                for row, start, piece in zip(rows, starts, features, strict=True)
+            ]
+            last = [len(piece) - 1 for piece in features]
+            states_BQH = self._run(rows, states_BQH, tokens, starts)
+            for row in rows:
+                if self.read[row] != _LOST:
+                    self.read[row] = len(row.tokens) - 1
+                self.unread[row] = []
+            state_B1H = states_BQH[range(len(rows)), last][:, None]
+            return vocabulary.logits(self.net.norm(state_B1H[:, 0]))
+
+        def then(newest: list[int], step: int) -> Tensor:
+            nonlocal state_B1H
+            starts = [len(row.tokens) + step - 2 for row in rows]
+            state_B1H = self._run(rows, state_B1H, [[token] for token in newest], starts)
+            return vocabulary.logits(self.net.norm(state_B1H[:, 0]))
+
+        return draft_by_steps(rows, most, go_on, first, then, vocabulary)
+
+    def prepare(self, state: Mapping[str, Tensor], version: int) -> Callable[[], None]:
+        own = dict(self.net.named_parameters())
+        check_state(own, state)
+        new = {own[name]: weight.detach().to(own[name].device, own[name].dtype) for name, weight in state.items()}
+        packed = {} if self.weights == "own" else pack(self.net, self.weights, new)
+
+        def put() -> None:
+            for weight, tensor in new.items():
+                weight.data = tensor
+            install(self.net, packed)
+            if self.benched:  # what it has read with its last weights may be NaN, and cannot be read again
+                self.cache.forget()
+                self.read = dict.fromkeys(self.read, _LOST)
+            self.version, self.benched = version, False
+
+        return put
+
+    def _run(self, rows: Sequence[Live], states_BQH: Tensor, tokens: list[list[int]], starts: list[int]) -> Tensor:
+        """The layer's output (B, Q, H) at the columns from `starts` on."""
+        width = states_BQH.shape[1]
+        device = states_BQH.device
+        padded = [[*row, *[0] * (width - len(row))] for row in tokens]
+        embedded_BQH = self.embedding(torch.tensor(padded, device=device)).to(states_BQH.dtype)
+        self.cache.place([row.slot for row in rows], starts, width)
+        positions_BQ = torch.tensor(starts)[:, None] + torch.arange(width)
+        queries, keys, values = self.net.attention_inputs(states_BQH, embedded_BQH, positions_BQ.to(device))
+        keys, values = self.cache.cache.update(keys, values, 0)
+        mask_BQT = causal_mask(positions_BQ, torch.arange(keys.shape[2])).to(device)
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask_BQT[:, None], enable_gqa=True)
+        return self.net.output(states_BQH, attended)

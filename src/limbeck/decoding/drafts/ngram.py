@@ -1,0 +1,116 @@
+"""A draft without a model: what followed the last tokens when they stood there before, in the same text (prompt lookup)
+or in another request's (a cache that all requests share). It costs nothing, and pays where text repeats itself."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+
+from torch import Tensor
+
+from limbeck.decoding.drafts import GoOn, Proposal
+from limbeck.decoding.live import Live
+from limbeck.errors import ModelError
+
+_LONGEST = 32  # matched tokens that are counted
+
+Index = dict[tuple[int, ...], tuple[Sequence[int], int]]
+"""For the tokens of an n-gram: the text that holds it, and the place after it there."""
+
+
+@dataclass(eq=False)
+class _Own:
+    """The n-grams of one request's text, of which the first `seen` places are indexed."""
+
+    seen: int = 0
+    index: dict[tuple[int, ...], int] = field(default_factory=dict[tuple[int, ...], int])
+
+
+class NgramDraft:
+    """`size`: tokens that must match, at least. The shared cache keeps at most `shared_tokens` tokens of requests that
+    have ended, each for `shared_seconds` (0 tokens: no cache); none of a request whose `train` is false."""
+
+    version = 0
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, *, size: int = 3, shared_tokens: int = 200_000, shared_seconds: float = 3600.0) -> None:
+        self.size = size
+        self.shared_tokens = shared_tokens
+        self.shared_seconds = shared_seconds
+        self.benched = False
+        self.own: dict[Live, _Own] = {}
+        self.shared: Index = {}
+        self.kept: OrderedDict[int, tuple[float, list[int]]] = OrderedDict()  # by number: when it ended, its tokens
+        self.kept_tokens = self.count = 0
+
+    def bind(self, vocabulary: int) -> None:
+        """It knows no vocabulary: it repeats tokens that it has seen."""
+
+    def open(self, row: Live) -> None:
+        self.own[row] = _Own()
+
+    def settle(self, row: Live, known: int, hidden_TF: Tensor | None) -> None:
+        """It has no state that a rejection could spoil."""
+
+    def move(self, source: int, target: int) -> None:
+        """It has no slots."""
+
+    def prepare(self, state: Mapping[str, Tensor], version: int) -> Callable[[], None]:
+        raise ModelError("n-gram draft: expected no weights, found some: it has none to swap")
+
+    def close(self, row: Live) -> None:
+        del self.own[row]
+        if not row.request.train or len(row.tokens) > self.shared_tokens:
+            return
+        now = monotonic()
+        self.kept[self.count] = (now, row.tokens)
+        self.count += 1
+        self.kept_tokens += len(row.tokens)
+        for end in range(self.size, len(row.tokens)):
+            self.shared[tuple(row.tokens[end - self.size : end])] = (row.tokens, end)
+        self.expire(now)
+
+    def expire(self, now: float | None = None) -> None:
+        """Forgets the oldest texts, beyond the bounds in tokens and seconds."""
+        before = (monotonic() if now is None else now) - self.shared_seconds
+        while self.kept and (self.kept_tokens > self.shared_tokens or next(iter(self.kept.values()))[0] < before):
+            _, (_, tokens) = self.kept.popitem(last=False)
+            self.kept_tokens -= len(tokens)
+            for end in range(self.size, len(tokens)):
+                key = tuple(tokens[end - self.size : end])
+                if key in self.shared and self.shared[key][0] is tokens:
+                    del self.shared[key]
+
+    def look_up(self, row: Live, most: int) -> tuple[Sequence[int], int]:
+        """(at most `most` tokens that followed the same tokens before, how many of these matched)."""
+        own, tokens = self.own[row], row.tokens
+        for end in range(max(own.seen, self.size), len(tokens)):
+            own.index[tuple(tokens[end - self.size : end])] = end
+        own.seen = max(own.seen, len(tokens))
+        key = tuple(tokens[-self.size :])
+        self.expire()
+        found: tuple[Sequence[int], int] = ((), 0)
+        places = [(tokens, own.index[key])] if key in own.index else []
+        places += [self.shared[key]] if key in self.shared else []
+        for text, place in places:
+            length = self.size
+            while length < min(_LONGEST, place, len(tokens)) and text[place - length - 1] == tokens[-length - 1]:
+                length += 1
+            if length > found[1]:
+                found = (text[place : place + most], length)
+        return found
+
+    def propose(self, rows: Sequence[Live], most: Sequence[int], go_on: GoOn) -> Proposal:
+        proposal = Proposal(rows, [], [])
+        for row, count in zip(rows, most, strict=True):
+            tokens, length = self.look_up(row, count)
+            proposal.tokens.append(list(tokens))
+            proposal.confidence.append([ngram_confidence(length)] * len(tokens))
+        return proposal
+
+
+def ngram_confidence(length: int) -> float:
+    """A guess from the number of tokens that matched, for a controller to correct."""
+    return length / (length + 2)

@@ -1,0 +1,27 @@
+"""Online speculative decoding: a server whose draft model learns while it serves."""
+
+from limbeck.online.buffer import Buffer, Lot, Trace
+from limbeck.online.gate import Gate, Watch
+from limbeck.online.learner import Learner, ModelLearner, Training, model_learner
+from limbeck.online.learning import Learning, Pace
+from limbeck.online.routing import Routing
+from limbeck.online.service import Service
+from limbeck.online.versions import Version, Versions
+
+__all__ = [
+    "Buffer",
+    "Gate",
+    "Learner",
+    "Learning",
+    "Lot",
+    "ModelLearner",
+    "Pace",
+    "Routing",
+    "Service",
+    "Trace",
+    "Training",
+    "Version",
+    "Versions",
+    "Watch",
+    "model_learner",
+]

@@ -1,0 +1,288 @@
+"""A draft as something to train: traces in, new weights out. Knows nothing of processes, gates and versions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from limbeck.errors import RecipeError
+from limbeck.models import cut_layers, hidden_and_head, load_model
+from limbeck.online.buffer import Trace, joined
+from limbeck.online.objective import acceptance, find_objective, known_mass, terms
+from limbeck.types import Head, Sparse
+
+Breathe = Callable[[], None]
+"""Called between two pieces of work, each of a fraction of a second: it may wait, or raise to end the work."""
+
+_BETTER = 1e-4  # of acceptance: less is no gain
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some traces side by side, padded on the right. Position n is index `index_N[n]` of row `row_N[n]`: a causal model
+    predicts it from column `index_N[n] - 1`. `columns_BTF`: the target's hidden states there (float32), zero behind."""
+
+    tokens_BT: Tensor
+    real_BT: Tensor
+    row_N: Tensor
+    index_N: Tensor
+    signal: Sparse
+    columns_BTF: Tensor | None = None
+
+
+class Learner(Protocol):
+    """A draft with gradients. `ids_D`: the tokens that it may draft (None: all)."""
+
+    ids_D: Tensor | None
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by the names that `Draft.prepare` takes."""
+        ...
+
+    def predict(self, batch: Batch) -> tuple[Tensor, Head]:
+        """The hidden states (N, H) that predict the batch's positions, and the whole head."""
+        ...
+
+
+class ModelLearner:
+    """A causal model, in float32: its own copy. `freeze`: parts of names of parameters that stay as they are."""
+
+    def __init__(self, model: Any, *, freeze: Sequence[str] = (), ids_D: Tensor | None = None) -> None:
+        self.model = model.float().train()
+        self.ids_D = ids_D
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(not any(part in name for part in freeze))
+        if not self.trained():
+            raise RecipeError(f"freeze: expected something left to train, found every parameter in {list(freeze)}")
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+
+    def predict(self, batch: Batch) -> tuple[Tensor, Head]:
+        hidden_BTH, head = hidden_and_head(self.model, batch.tokens_BT, batch.real_BT)
+        return hidden_BTH[batch.row_N, batch.index_N - 1], head
+
+
+def model_learner(
+    folder: str | Path, *, layers: Sequence[int] | None = None, freeze: Sequence[str] = ()
+) -> ModelLearner:
+    """The learner of a model in a folder, or of some of its layers. ModelError as from `load_model`."""
+    model = load_model(folder, dtype=torch.float32)
+    return ModelLearner(model if layers is None else cut_layers(model, layers), freeze=freeze)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a draft is trained. objective: `blend`, or a divergence. `batch_tokens` of context in one optimiser step;
+    `epochs` at most over the traces; acceptance on the traces held out for it is measured `measures` times an epoch,
+    and `patience` measures without a new best end it. `replay`: share of the batches that are of earlier traces."""
+
+    objective: str = "blend"
+    learning_rate: float = 1e-3
+    batch_tokens: int = 2048
+    epochs: int = 4
+    measures: int = 2
+    patience: int = 2
+    clip: float = 1.0
+    replay: float = 0.0
+
+    def __post_init__(self) -> None:
+        find_objective(self.objective)
+        if not 0 <= self.replay < 1:
+            raise RecipeError(f"replay: expected a share from 0 to below 1, found {self.replay}: lower it")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """`before`, `after`: mean acceptance on the traces held out to stop by (None without such). `finite`: no NaN."""
+
+    before: float | None
+    after: float | None
+    steps: int
+    positions: int
+    loss: float
+    finite: bool = True
+
+
+def batches(traces: Sequence[Trace], batch_tokens: int) -> list[Batch]:
+    """The traces in batches of at most so many tokens, padding included; those of like length together."""
+    made: list[Batch] = []
+    group: list[Trace] = []
+    for trace in sorted(traces, key=lambda trace: (len(trace.tokens), trace.number)):
+        if group and len(trace.tokens) * (len(group) + 1) > batch_tokens:
+            made.append(batch(group))
+            group = []
+        group.append(trace)
+    return [*made, batch(group)] if group else made
+
+
+def batch(traces: Sequence[Trace]) -> Batch:
+    width = max(len(trace.tokens) for trace in traces)
+    tokens_BT = torch.zeros(len(traces), width, dtype=torch.long)
+    real_BT = torch.zeros(len(traces), width, dtype=torch.long)
+    for row, trace in enumerate(traces):
+        tokens_BT[row, : len(trace.tokens)] = torch.from_numpy(trace.tokens.astype(np.int64))
+        real_BT[row, : len(trace.tokens)] = 1
+    row_N = torch.tensor(np.repeat(np.arange(len(traces)), [trace.size for trace in traces]))
+    index_N = torch.from_numpy(np.concatenate([trace.positions for trace in traces]).astype(np.int64))
+    return Batch(tokens_BT, real_BT, row_N, index_N, _signal(traces), _columns(traces, width))
+
+
+def _signal(traces: Sequence[Trace]) -> Sparse:
+    ids_NK, logprobs_NK, tail_N = joined((trace.ids_NK, trace.logprobs_NK, trace.tail_N) for trace in traces)
+    return Sparse(
+        torch.from_numpy(ids_NK.astype(np.int64)),
+        torch.from_numpy(logprobs_NK.astype(np.float32)),
+        torch.from_numpy(tail_N),
+    )
+
+
+def _columns(traces: Sequence[Trace], width: int) -> Tensor | None:
+    found = [trace.columns_TF for trace in traces if trace.columns_TF is not None]
+    if len(found) < len(traces):
+        return None
+    columns_BTF = torch.zeros(len(found), width, found[0].shape[1])
+    for row, columns_TF in enumerate(found):
+        columns_BTF[row, : len(columns_TF)] = torch.from_numpy(columns_TF).view(torch.bfloat16).float()
+    return columns_BTF
+
+
+@torch.no_grad()
+def acceptances(
+    learner: Learner, traces: Sequence[Trace], batch_tokens: int, breathe: Breathe = lambda: None
+) -> dict[int, tuple[float, int]]:
+    """Of each trace, by its number: (mean acceptance over its positions, how many these are)."""
+    found: dict[int, tuple[float, int]] = {}
+    ordered = sorted(traces, key=lambda trace: (len(trace.tokens), trace.number))
+    place = 0
+    for made in batches(traces, batch_tokens):
+        breathe()
+        alpha_N = acceptance(*learner.predict(made), made.signal, learner.ids_D)
+        rows = made.tokens_BT.shape[0]
+        sums = torch.zeros(rows).index_add_(0, made.row_N, alpha_N.float())
+        for row, trace in enumerate(ordered[place : place + rows]):
+            found[trace.number] = (float(sums[row]) / trace.size, trace.size)
+        place += rows
+    return found
+
+
+def mean_known(learner: Learner, traces: Sequence[Trace]) -> float | None:
+    """p(D): the target's mean mass on the tokens that the draft may draft, at least."""
+    if learner.ids_D is None or not traces:
+        return None
+    return float(known_mass(_signal(traces), learner.ids_D).mean())
+
+
+def mean_acceptance(found: Mapping[int, tuple[float, int]]) -> float | None:
+    """Over all positions; None over none."""
+    positions = sum(size for _, size in found.values())
+    return sum(alpha * size for alpha, size in found.values()) / positions if positions else None
+
+
+def optimiser_of(learner: Learner, training: Training) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        list(learner.trained().values()), lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
+
+
+def fit(
+    learner: Learner,
+    optimiser: torch.optim.Optimizer,
+    train: Sequence[Trace],
+    stop: Sequence[Trace],
+    training: Training,
+    generator: torch.Generator,
+    *,
+    replay: Sequence[Trace] = (),
+    breathe: Breathe = lambda: None,
+) -> Fitted:
+    """Trains on `train` and leaves the learner with the weights that accept the most on `stop`, those from before
+    included. Without `stop` traces it is one epoch. With a NaN, the weights are those from before."""
+    before_state = snapshot(learner)
+    best = before = mean_acceptance(acceptances(learner, stop, training.batch_tokens, breathe))
+    best_state, waited, steps, positions, loss = before_state, 0, 0, 0, float("nan")
+    epochs = training.epochs if stop else 1
+    for made in _order(train, replay, training, epochs, generator):
+        if isinstance(made, Batch):
+            breathe()
+            loss = _step(learner, optimiser, made, training)
+            if loss != loss:
+                restore(learner, before_state)
+                return Fitted(before, before, steps, positions, loss, finite=False)
+            steps += 1
+            positions += len(made.index_N)
+            continue
+        found = mean_acceptance(acceptances(learner, stop, training.batch_tokens, breathe))
+        if best is not None and found is not None and found > best + _BETTER:
+            best, best_state, waited = found, snapshot(learner), 0
+        else:
+            waited += 1
+        if waited >= training.patience:
+            break
+    if best is not None:
+        restore(learner, best_state)
+    return Fitted(before, best, steps, positions, loss)
+
+
+def _order(
+    train: Sequence[Trace], replay: Sequence[Trace], training: Training, epochs: int, generator: torch.Generator
+) -> Iterator[Batch | None]:
+    """Batches in random order, and None where acceptance is to be measured."""
+    fresh, earlier = batches(train, training.batch_tokens), batches(replay, training.batch_tokens)
+    every = max(1, -(-len(fresh) // training.measures))
+    for _ in range(epochs):
+        for count, place in enumerate(torch.randperm(len(fresh), generator=generator).tolist(), 1):
+            yield fresh[place]
+            while earlier and torch.rand((), generator=generator) < training.replay:
+                yield earlier[int(torch.randint(len(earlier), (), generator=generator))]
+            if count % every == 0 or count == len(fresh):
+                yield None
+
+
+def _step(learner: Learner, optimiser: torch.optim.Optimizer, made: Batch, training: Training) -> float:
+    """One optimiser step on the mean over the batch's positions. NaN: nothing was changed."""
+    objective = find_objective(training.objective)
+    hidden_NH, head = learner.predict(made)
+    loss = terms(hidden_NH, head, made.signal, learner.ids_D, objective).loss_N.mean()
+    optimiser.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(list(learner.trained().values()), training.clip)
+    if not torch.isfinite(norm) or not torch.isfinite(loss):
+        return float("nan")
+    optimiser.step()
+    return float(loss.detach())
+
+
+def snapshot(learner: Learner) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in learner.trained().items()}
+
+
+@torch.no_grad()
+def restore(learner: Learner, state: Mapping[str, Tensor]) -> None:
+    for name, weight in learner.trained().items():
+        weight.copy_(state[name])
+
+
+def optimiser_state(learner: Learner, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's tensors by the names of what they belong to."""
+    return {
+        f"{name}/{key}": torch.as_tensor(value)
+        for name, weight in learner.trained().items()
+        for key, value in optimiser.state.get(weight, {}).items()
+    }
+
+
+def set_optimiser_state(learner: Learner, optimiser: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Puts back what `optimiser_state` gave; names that it does not know are left alone."""
+    optimiser.state.clear()
+    weights = learner.trained()
+    for full, tensor in state.items():
+        name, _, key = full.rpartition("/")
+        if name in weights:
+            optimiser.state[weights[name]][key] = tensor.clone()

@@ -1,0 +1,390 @@
+"""A service: the engine in a thread of its own, requests from any thread, and drafts that learn beside it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any
+
+from limbeck.decoding.controller import Round
+from limbeck.decoding.requests import Counters, Event, Observation, Request
+from limbeck.decoding.speculative import Engine
+from limbeck.errors import RolloutError
+from limbeck.online.coins import coin
+from limbeck.online.learning import Learning
+from limbeck.online.ledger import Clock, Ledger, Watched
+from limbeck.online.routing import Routing
+
+LOG = logging.getLogger(__name__)
+OnEvent = Callable[[Event], None]
+
+_HISTORY = 900  # points kept of the history, one in `period` seconds
+_MARKS = 400
+_POSITIONS = 64  # counted one by one of the positions in a proposal
+_IDLE = 0.5  # s without a request after which the loop looks about
+
+
+@dataclass
+class DraftCounts:
+    """What one draft did. `proposals`: its turns, a request in a round; `alpha_sum` over the `verified` positions;
+    `kept[j]`: how often its j-th token stood; `lengths[n]`: how often n tokens of a proposal did."""
+
+    proposals: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    verified: int = 0
+    alpha_sum: float = 0.0
+    gamma: float = 0.0
+    kept: list[int] = field(default_factory=list[int])
+    lengths: list[int] = field(default_factory=list[int])
+    by_version: dict[int, list[float]] = field(default_factory=dict[int, list[float]])  # [alpha_sum, verified]
+
+
+@dataclass
+class _Open:
+    """A request that is served."""
+
+    request: Request
+    tag: str | None
+    on_event: OnEvent
+    draft: str | None
+    tokens: int = 0
+    first: float = 0.0
+    counted: Counters = field(default_factory=Counters)  # of its own, those that are in the draft's
+
+
+class Service:
+    """Serves `engine`, whose thread it owns from `start` to `stop`.
+
+    learning: by draft, what lets it learn (see `Learning`); none: it serves without. routing: chooses a draft for each
+    request; by default a request gets the draft that it names. `keep_share` of the requests keep all their verified
+    positions, of the first `warm_requests` `warm_share` (a counted coin). One round in `plain_every` is decoded
+    plainly, to know the speedup (0: none).
+
+    `submit`, `cancel`, `snapshot`, `pause`, `resume`, `force_update` and `roll_back` may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any = None,
+        *,
+        learning: Mapping[str, Learning] | None = None,
+        routing: Routing | None = None,
+        keep_share: float = 0.05,
+        warm_share: float = 0.25,
+        warm_requests: int = 64,
+        plain_every: int = 50,
+        seed: int = 0,
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer if tokenizer is not None else engine.tokenizer
+        self.learning = dict(learning or {})
+        unknown = sorted(set(self.learning) - set(engine.drafts))
+        if unknown:
+            known = ", ".join(engine.drafts) or "none"
+            raise RolloutError(
+                f"learning: expected the engine's drafts ({known}), found {unknown[0]}: name one of them"
+            )
+        self.routing = routing or Routing(list(engine.drafts))
+        self.keep_share, self.warm_share, self.warm_requests = keep_share, warm_share, warm_requests
+        self.seed = seed
+        self.ledger = Ledger()
+        every = plain_every if engine.drafts else 0
+        engine.controller = Watched(engine.controller, self.ledger, every, self._count)  # pyright: ignore
+        engine.observer = self._observe if self.learning else None
+        self.counts = {name: DraftCounts() for name in engine.drafts}
+        self.requests = 0
+        self.finished = 0
+        self.history: deque[dict[str, float]] = deque(maxlen=_HISTORY)
+        self.marks: deque[dict[str, Any]] = deque(maxlen=_MARKS)
+        self.failure: str | None = None
+        self._open: dict[str, _Open] = {}
+        self._between: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._ended = self._closed = False
+        self._paused = False
+        self._thread = threading.Thread(target=self._run, name="limbeck-engine", daemon=True)
+        self._next_point = 0.0
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begins to serve; the drafts that learn take up their newest whole version first. CheckpointError where the
+        versions on disk are another draft's."""
+        turn = threading.Lock()
+        for name, learning in self.learning.items():
+            learning.start(self.between_rounds, lambda kind, version, name=name: self._mark(kind, name, version), turn)
+        self.ledger.started = perf_counter()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Cancels what is still written, and ends the thread and the updaters."""
+        self._ended = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        for learning in self.learning.values():
+            learning.stop()
+
+    def __enter__(self) -> Service:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, on_event: OnEvent) -> None:
+        """Takes a request in. `on_event` is called with its events, in order, from the engine's thread: it must be
+        quick. The last one has a `finish_reason`. An `on_event` that raises cancels its request.
+
+        `request.route` is a draft's name or a tag of the routing. RolloutError as from `Engine.add`, for an id that is
+        being served, and from a service that has stopped or failed.
+        """
+        with self._lock:
+            if self._closed:
+                why = self.failure or "it was stopped"
+                raise RolloutError(f"expected a service that runs, found one that has ended ({why}): start another")
+            if request.id in self._open:
+                raise RolloutError(f"expected a new id, found {request.id!r}, which is being served: choose another")
+            self.requests += 1
+            draft = self.routing.choose(request.route)
+            share = self.warm_share if self.requests <= self.warm_requests else self.keep_share
+            keep = request.train and coin(self.seed, "keep", self.requests) < share
+            tag, request = request.route, replace(request, route=draft, keep_all=keep or request.keep_all)
+            self._open[request.id] = _Open(request, tag, on_event, draft)
+        try:
+            self.engine.add(request)
+        except BaseException:
+            with self._lock:
+                del self._open[request.id]
+            raise
+        self._wake.set()
+
+    def cancel(self, id: str) -> None:
+        """Ends a request at the next round, by an event with the reason `cancelled`; an unknown one is not missed."""
+        self.engine.cancel(id)
+        self._wake.set()
+
+    def between_rounds(self, action: Callable[[], None]) -> None:
+        """Has the engine's thread call `action` before its next round."""
+        self._between.append(action)
+        self._wake.set()
+
+    # -- controls ----------------------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """No update begins until `resume`; one that runs is left to end."""
+        self._paused = True
+        for learning in self.learning.values():
+            learning.pause()
+
+    def resume(self) -> None:
+        self._paused = False
+        for learning in self.learning.values():
+            learning.resume()
+
+    def force_update(self, draft: str | None = None) -> None:
+        """An update of this draft (None: of all) as soon as possible, with whatever its buffer holds. RolloutError for
+        a draft that does not learn, and while updates are paused."""
+        if self._paused:
+            raise RolloutError("force_update: expected learning that runs, found it paused: resume it first")
+        for learning in self._learners(draft):
+            learning.force()
+
+    def roll_back(self, draft: str | None = None) -> None:
+        """Back to the version before the one that serves (None: of all drafts that have one). RolloutError where there
+        is none."""
+        chosen = self._learners(draft)
+        able = [learning for learning in chosen if learning.previous is not None]
+        if not able:
+            raise RolloutError("roll_back: expected a version before the one that serves, found none: nothing to do")
+        for learning in able:
+            learning.ask_roll_back("asked for")
+
+    def _learners(self, draft: str | None) -> list[Learning]:
+        if draft is None and self.learning:
+            return list(self.learning.values())
+        if draft is None or draft not in self.learning:
+            known = ", ".join(self.learning) or "none"
+            raise RolloutError(f"expected a draft that learns ({known}), found {draft!r}: name one of them")
+        return [self.learning[draft]]
+
+    # -- numbers -----------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts of what was done since the start.
+
+        `running`, `waiting`, `requests`, `finished`, `tokens`, `learning` (on, paused, off), `failure`; `drafts` by
+        name (the fields of `DraftCounts`, kind, version, benched, and what `Learning.numbers` gives); `ledger`
+        (seconds; all but `training` add up to `wall_s`), `per_token`, `speedup` and `plain_tokens_per_s` (None: not
+        known); `history` (points: t, tokens, and of all drafts alpha_sum, verified: totals) and `marks` (t, kind,
+        draft, version).
+        """
+        now = perf_counter()
+        self.ledger.training = sum(learning.training_s for learning in self.learning.values())
+        return {
+            "running": len(self.engine.rows),
+            "waiting": len(self.engine.waiting),
+            "requests": self.requests,
+            "finished": self.finished,
+            "tokens": self.ledger.tokens,
+            "learning": "off" if not self.learning else "paused" if self._paused else "on",
+            "failure": self.failure,
+            "wall_s": now - self.ledger.started,
+            "drafts": {name: self._numbers(name) for name in self.engine.drafts},
+            "ledger": self.ledger.seconds(self.engine.seconds),
+            "per_token": self.ledger.per_token(self.engine.seconds),
+            "speedup": self.ledger.speedup,
+            "plain_tokens_per_s": self.ledger.plain_tokens_per_s,
+            "target_passes": self.engine.target_passes,
+            "history": list(self.history),
+            "marks": list(self.marks),
+        }
+
+    def _numbers(self, name: str) -> dict[str, Any]:
+        draft, counts = self.engine.drafts[name], self.counts[name]
+        learning = self.learning.get(name)
+        own = dict(vars(counts), kept=list(counts.kept), lengths=list(counts.lengths))
+        own["by_version"] = {version: list(sums) for version, sums in list(counts.by_version.items())}
+        kind = type(draft).__name__.removesuffix("Draft").lower()
+        more = {} if learning is None else learning.numbers()
+        return {"kind": kind, "version": draft.version, "benched": draft.benched, **own, **more}
+
+    def _mark(self, kind: str, draft: str, version: int) -> None:
+        self.marks.append({"t": perf_counter() - self.ledger.started, "kind": kind, "draft": draft, "version": version})
+
+    def _count(self, round_: Round) -> None:
+        """A round's drafting, into the counts of each draft: by what the requests' own counters have gained."""
+        for drafted in round_.drafted:
+            opened = self._open.get(drafted.row.request.id)
+            if opened is None:
+                continue
+            counts, now, before = self.counts[drafted.draft], drafted.row.counters, opened.counted
+            opened.counted = replace(now)
+            proposed, kept = now.drafted - before.drafted, now.accepted - before.accepted
+            alpha, verified = now.alpha_sum - before.alpha_sum, now.verified - before.verified
+            counts.proposals += 1
+            counts.drafted += proposed
+            counts.accepted += kept
+            counts.gamma += 0.05 * (proposed - counts.gamma)
+            for table, places in ((counts.kept, range(kept)), (counts.lengths, (kept,))):
+                for place in places:
+                    if place < _POSITIONS:
+                        table.extend([0] * (place + 1 - len(table)))
+                        table[place] += 1
+            counts.alpha_sum += alpha
+            counts.verified += verified
+            sums = counts.by_version.setdefault(self.engine.drafts[drafted.draft].version, [0.0, 0.0])
+            sums[0] += alpha
+            sums[1] += verified
+
+    # -- the engine's thread -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        clock = Clock(self.ledger.started)
+        while not self._ended:
+            while self._between:
+                self._apply(self._between.popleft())
+            self.ledger.overhead += clock.lap()
+            if not self.engine.busy:
+                self._tell(busy=False)
+                self._wake.wait(_IDLE)
+                self._wake.clear()
+                self.ledger.idle += clock.lap()
+                self._add_point()
+                continue
+            self._tell(busy=True)
+            self.ledger.overhead += clock.lap()
+            before = _total(self.engine)
+            try:
+                events = self.engine.step()
+            except Exception as error:
+                LOG.exception("the engine: expected a round, found an error: start the service anew")
+                self.failure = f"{type(error).__name__}: {error}"
+                break
+            self.ledger.overhead += clock.lap() - (_total(self.engine) - before)
+            for event in events:
+                self._deliver(event)
+            self._add_point()
+            self.ledger.overhead += clock.lap()
+        self._end_all()
+
+    def _apply(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception:
+            LOG.exception("between two rounds: expected new weights in place, found an error: the old ones serve on")
+
+    def _tell(self, *, busy: bool) -> None:
+        for learning in self.learning.values():
+            learning.tell(busy=busy)
+
+    def _observe(self, observation: Observation) -> None:
+        for row in observation.rows:
+            for learning in self._taught_by(row.request):
+                learning.observe(row)
+
+    def _taught_by(self, request: Request) -> list[Learning]:
+        """A request teaches the draft that it was routed to, and where nobody chose, all."""
+        if request.route is None:
+            return list(self.learning.values())
+        return [self.learning[request.route]] if request.route in self.learning else []
+
+    def _deliver(self, event: Event) -> None:
+        opened = self._open.get(event.id)
+        if opened is None:
+            return
+        self.ledger.tokens += len(event.tokens)
+        opened.first = opened.first or perf_counter()
+        opened.tokens += len(event.tokens)
+        if event.finish_reason is not None:
+            with self._lock:
+                del self._open[event.id]
+            self.finished += 1
+            if opened.draft is not None and opened.tokens > 1:
+                self.routing.record(opened.tag, opened.draft, opened.tokens - 1, perf_counter() - opened.first)
+            for learning in self._taught_by(opened.request):
+                learning.close(opened.request, event.counters)
+        try:
+            opened.on_event(event)
+        except Exception:
+            LOG.exception("request %s: expected on_event to return, found an error: it is cancelled", event.id)
+            if event.finish_reason is None:
+                opened.on_event = _nobody
+                self.engine.cancel(event.id)
+
+    def _add_point(self) -> None:
+        now = perf_counter() - self.ledger.started
+        if now < self._next_point:
+            return
+        self._next_point = now + 1
+        alpha_sum = sum(counts.alpha_sum for counts in self.counts.values())
+        verified = sum(counts.verified for counts in self.counts.values())
+        self.history.append({"t": now, "tokens": self.ledger.tokens, "alpha_sum": alpha_sum, "verified": verified})
+
+    def _end_all(self) -> None:
+        """Tells everybody who still waits."""
+        reason = "cancelled" if self.failure is None else "error"
+        with self._lock:
+            self._closed = True
+            left, self._open = list(self._open.values()), {}
+        for opened in left:
+            with suppress(Exception):
+                opened.on_event(Event(opened.request.id, [], [], reason, None, self.failure))
+
+
+def _total(engine: Engine) -> float:
+    return sum(vars(engine.seconds).values())
+
+
+def _nobody(_: Event) -> None:
+    pass

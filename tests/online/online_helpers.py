@@ -1,0 +1,130 @@
+"""Tiny models, traffic and recorded traces that the tests of the online part share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from limbeck.decoding import Sampling
+from limbeck.decoding.controller import Fixed
+from limbeck.decoding.drafts import Draft
+from limbeck.decoding.requests import Event, Observed, Request
+from limbeck.decoding.speculative import Engine
+from limbeck.online import Buffer, Trace
+
+VOCABULARY = 50
+
+
+def llama(vocabulary: int = VOCABULARY, layers: int = 2, scale: float = 0.1, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=96,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * scale)
+    return model.eval()
+
+
+def saved(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def prompts(count: int, vocabulary: int = VOCABULARY, length: int = 5, seed: int = 1) -> list[tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(1, vocabulary, (count, length), generator=generator).tolist()
+    return [tuple(row[: length - place % 3]) for place, row in enumerate(rows)]
+
+
+def drain(engine: Engine) -> list[Event]:
+    events: list[Event] = []
+    while engine.busy:
+        events += engine.step()
+    return events
+
+
+def record(
+    model: Any,
+    draft: Draft,
+    buffer: Buffer,
+    texts: Sequence[tuple[int, ...]],
+    *,
+    tokens: int = 24,
+    gamma: int = 3,
+    train: Callable[[int], bool] = lambda place: True,
+    keep: Callable[[int], bool] = lambda place: False,
+    temperature: float = 1.0,
+) -> tuple[dict[str, list[int]], list[Observed]]:
+    """Serves the prompts under the buffer. Returns each request's whole text, and what the engine showed (without the
+    logits, which are gone)."""
+    seen: list[Observed] = []
+
+    def observe(observation: Any) -> None:
+        buffer(observation)
+        seen.extend(observation.rows)
+
+    engine = Engine(model, None, {"cut": draft}, Fixed("cut", gamma), max_batch=4, observer=observe)
+    for place, text in enumerate(texts):
+        sampling = Sampling(tokens - place % 4, temperature=temperature, seed=place)
+        engine.add(Request(str(place), text, sampling, (place,), train=train(place), keep_all=keep(place)))
+    written = {str(place): list(text) for place, text in enumerate(texts)}
+    while engine.busy:
+        for event in engine.step():
+            written[event.id] += event.tokens
+            if event.finish_reason is not None:
+                buffer.close(event.id)
+    return written, seen
+
+
+def all_traces(buffer: Buffer) -> list[Trace]:
+    return [*buffer.traces, *buffer.held["stop"], *buffer.held["gate"], *buffer.past]
+
+
+@torch.no_grad()
+def target_logprobs(model: Any, tokens: Sequence[int]) -> torch.Tensor:
+    """(T, V) float64: row i is the distribution that token i is drawn from (row 0 is of no meaning)."""
+    logits = model(torch.tensor([list(tokens)]), use_cache=False).logits[0].double()
+    return torch.cat([logits[:1], logits[:-1]]).log_softmax(-1)
+
+
+class Listener:
+    """Collects the events of requests."""
+
+    def __init__(self) -> None:
+        self.events: dict[str, list[Event]] = {}
+        self.threads: set[int] = set()
+        self.ended = threading.Condition()
+        self.open = 0
+
+    def expect(self, id: str) -> Callable[[Event], None]:
+        self.events[id] = []
+        self.open += 1
+        return self.receive
+
+    def receive(self, event: Event) -> None:
+        self.threads.add(threading.get_ident())
+        with self.ended:
+            self.events[event.id].append(event)
+            if event.finish_reason is not None:
+                self.open -= 1
+                self.ended.notify_all()
+
+    def wait(self, seconds: float = 30.0) -> None:
+        with self.ended:
+            assert self.ended.wait_for(lambda: self.open == 0, seconds), f"{self.open} requests without an end"
+
+    def tokens(self, id: str) -> list[int]:
+        return [token for event in self.events[id] for token in event.tokens]

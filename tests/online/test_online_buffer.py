@@ -1,0 +1,163 @@
+"""What the buffer keeps: the right distribution at the right index, nothing that it must not, nothing for too long."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from online_helpers import VOCABULARY, all_traces, llama, prompts, record, target_logprobs
+
+from limbeck.decoding import Sampling
+from limbeck.decoding.controller import Fixed
+from limbeck.decoding.drafts.layers import layers_draft
+from limbeck.decoding.drafts.model import ModelDraft
+from limbeck.decoding.requests import Observed, Request
+from limbeck.decoding.speculative import Engine
+from limbeck.models import cut_layers
+from limbeck.online import Buffer
+
+
+@pytest.mark.parametrize("positions", ["rejected", "all"])
+def test_each_position_holds_the_distribution_that_its_token_is_drawn_from(positions: Any) -> None:
+    """Against a plain forward of transformers over the whole text."""
+    model, buffer = llama(), Buffer(positions=positions, top=VOCABULARY)
+    texts, seen = record(model, layers_draft(model, [0]), buffer, prompts(9))
+    assert len(buffer.traces) == 9
+    for trace in buffer.traces:
+        text = texts[trace.id]
+        assert trace.tokens.tolist() == text[: len(trace.tokens)]
+        expected_NV = target_logprobs(model, text)[trace.positions]
+        found_NV = torch.zeros_like(expected_NV).scatter(
+            1, torch.from_numpy(trace.ids_NK.astype(np.int64)), torch.from_numpy(trace.logprobs_NK).double()
+        )
+        assert torch.allclose(found_NV.exp(), expected_NV.exp(), atol=2e-3)
+        rows = [row for row in seen if row.request.id == trace.id]
+        wanted = [index for row in rows for index in _kept(row, positions)]
+        assert trace.positions.tolist() == wanted
+
+
+def _kept(row: Observed, positions: str) -> list[int]:
+    if not row.drafted:
+        return [row.start]
+    if positions == "all":
+        return [row.start + place for place in range(len(row.drafted))]
+    return [row.start + row.accepted] if row.accepted < len(row.drafted) else []
+
+
+def test_observing_costs_no_pass_of_the_target() -> None:
+    passes: list[int] = []
+    for observer in (None, Buffer(positions="all")):
+        model = llama()
+        engine = Engine(model, None, {"cut": layers_draft(model, [0])}, Fixed("cut", 3), max_batch=4, observer=observer)
+        for place, text in enumerate(prompts(6)):
+            engine.add(Request(str(place), text, Sampling(20, seed=place), (place,)))
+        while engine.busy:
+            engine.step()
+        passes.append(engine.target_passes)
+    assert passes[0] == passes[1] > 10
+
+
+class _Tapping(ModelDraft):
+    taps: Any = (1,)
+
+
+def test_hidden_states_stand_at_their_columns() -> None:
+    model, buffer = llama(), Buffer(top=4, taps=True)
+    texts, _ = record(model, _Tapping(cut_layers(model, [0])), buffer, prompts(5))
+    for trace in buffer.traces:
+        with torch.no_grad():
+            output = model(torch.tensor([texts[trace.id]]), output_hidden_states=True, use_cache=False)
+        columns_TF = torch.from_numpy(trace.columns_TF).view(torch.bfloat16).float()
+        assert len(columns_TF) == trace.positions[-1]  # the last position is predicted from the last column
+        expected_TF = output.hidden_states[1][0, : len(columns_TF)]
+        assert torch.allclose(columns_TF, expected_TF, rtol=1e-2, atol=1e-3)
+
+
+def test_requests_that_say_no_leave_no_trace() -> None:
+    model, buffer = llama(), Buffer(positions="all")
+    _, seen = record(
+        model,
+        layers_draft(model, [0]),
+        buffer,
+        prompts(8),
+        train=lambda place: place % 2 == 0,
+        keep=lambda place: True,
+    )
+    assert {row.request.id for row in seen} == {"0", "2", "4", "6"}
+    assert {trace.id for trace in all_traces(buffer)} == {"0", "2", "4", "6"}
+
+
+ERROR = 0.4  # random models are flat
+
+
+def test_top_is_the_least_that_keeps_the_error() -> None:
+    model = llama(vocabulary=300, scale=0.25)
+    buffer = Buffer(positions="all", error=ERROR, held_out=1)
+    record(model, layers_draft(model, [0]), buffer, prompts(24, 300))
+    tops = [8, 16, 32, 64, 128, 256]
+    assert buffer.top in tops[1:-1]
+    tails = {}
+    for top in (buffer.top, buffer.top // 2):
+        fixed = Buffer(positions="all", top=top)
+        record(model, layers_draft(model, [0]), fixed, prompts(24, 300))
+        tails[top] = fixed.numbers()["buffer_error"]
+    assert tails[buffer.top] <= 1.1 * ERROR and tails[buffer.top // 2] > ERROR
+    widths = {trace.ids_NK.shape[1] for trace in list(buffer.traces)[-4:]}
+    assert widths == {buffer.top}
+    for trace in buffer.traces:  # nothing of the mass is lost where a trace was cut to its narrowest piece
+        mass_N = np.exp(trace.logprobs_NK.astype(np.float64)).sum(-1) + np.exp(trace.tail_N)
+        assert np.allclose(mass_N, 1, atol=5e-3)
+
+
+def test_held_out_requests_are_trained_on_only_when_they_leave() -> None:
+    model, buffer = llama(), Buffer(held_out=2, replay=3)
+    record(model, layers_draft(model, [0]), buffer, prompts(20), keep=lambda place: place >= 4)
+    lot = buffer.take(10**6)
+    assert len(lot.stop) == len(lot.gate) == 2
+    apart = {trace.number for trace in lot.stop + lot.gate}
+    assert not apart & {trace.number for trace in lot.train}
+    assert len(lot.train) == 16 and len(buffer.past) == 3
+    assert {trace.role for trace in lot.train} == {"train"}
+    assert {trace.role for trace in lot.gate} == {"gate"} and {trace.role for trace in lot.stop} == {"stop"}
+    assert not {trace.number for trace in lot.replay} & {trace.number for trace in lot.train}
+    assert buffer.new == 0
+
+
+def test_bounded_in_bytes() -> None:
+    model, buffer = llama(), Buffer(positions="all", most_bytes=20_000, held_out=1)
+    record(model, layers_draft(model, [0]), buffer, prompts(30), keep=lambda place: place % 5 == 0)
+    kept = [trace.number for trace in buffer.traces]
+    assert 0 < buffer.bytes <= 20_000
+    assert buffer.bytes == sum(trace.bytes for trace in all_traces(buffer))
+    assert kept == sorted(kept) and kept[-1] >= 25  # the newest
+
+
+def test_nothing_outlives_its_time() -> None:
+    clock = [1000.0]
+    model, buffer = llama(), Buffer(seconds=60, replay=4, held_out=2, now=lambda: clock[0])
+    record(model, layers_draft(model, [0]), buffer, prompts(10), keep=lambda place: place % 2 == 0)
+    engine = Engine(model, None, {"cut": layers_draft(model, [0])}, Fixed("cut", 3), max_batch=2, observer=buffer)
+    engine.add(Request("open", (1, 2, 3), Sampling(40, seed=1)))
+    for _ in range(4):
+        engine.step()
+    clock[0] += 59
+    buffer.expire()
+    assert all_traces(buffer) and buffer._growing["open"].positions
+    clock[0] += 1
+    buffer.expire()
+    assert not all_traces(buffer) and buffer.bytes == 0 and not buffer._growing["open"].positions
+    assert buffer.take(100).train == [] and buffer.numbers()["buffer_positions"] == 0
+
+
+def test_traces_travel_at_their_own_size() -> None:
+    model, buffer = llama(), Buffer(positions="all")
+    record(model, layers_draft(model, [0]), buffer, prompts(10))
+    lot = buffer.take(10**6)
+    sent = pickle.dumps(lot, protocol=5)
+    assert len(sent) < 1.2 * sum(trace.bytes for trace in lot.train) + 5000
+    again = pickle.loads(sent).train[3]
+    assert np.array_equal(again.positions, lot.train[3].positions)
+    assert np.array_equal(again.logprobs_NK, lot.train[3].logprobs_NK)

@@ -1,0 +1,195 @@
+"""Training on traces, and what the updater's process does with a job, without the process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from online_helpers import VOCABULARY, llama, prompts, record, target_logprobs
+
+from limbeck.decoding.drafts.layers import layers_draft
+from limbeck.models import cut_layers, load_model, load_tokenizer
+from limbeck.online import Buffer, Lot, ModelLearner, Training, Versions
+from limbeck.online.gate import Gate
+from limbeck.online.learner import acceptances, fit, mean_acceptance, optimiser_of, snapshot
+from limbeck.online.updater import Job, Throttle, Worker
+
+
+def _lot(model: Any, draft: Any, texts: list[tuple[int, ...]], **changes: Any) -> Lot:
+    buffer = Buffer(**{"positions": "all", "top": 32, **changes})
+    record(model, draft, buffer, texts, keep=lambda place: place % 2 == 0, tokens=32)
+    return buffer.take(10**6)
+
+
+@pytest.fixture(scope="module")
+def lot() -> Lot:
+    model = llama(scale=0.2)
+    return _lot(model, layers_draft(model, [0]), prompts(64))
+
+
+def _learner(**changes: Any) -> ModelLearner:
+    return ModelLearner(cut_layers(llama(scale=0.2), [0]), **changes)
+
+
+@pytest.mark.parametrize("ids", [None, list(range(0, VOCABULARY, 2))])
+def test_acceptances_are_those_of_target_and_draft(ids: list[int] | None) -> None:
+    """Against forwards of both models over the whole texts, whatever the batches."""
+    model = llama(scale=0.2)
+    buffer = Buffer(positions="all", top=VOCABULARY)
+    texts, _ = record(model, layers_draft(model, [0]), buffer, prompts(10))
+    learner = _learner(ids_D=None if ids is None else torch.tensor(ids))
+    traces = list(buffer.traces)
+    found = acceptances(learner, traces, 2048)
+    for trace in traces:
+        p_TV = target_logprobs(model, texts[trace.id]).exp()
+        q_TV = target_logprobs(learner.model, texts[trace.id])
+        if ids is not None:
+            q_TV = q_TV.masked_fill(~torch.isin(torch.arange(VOCABULARY), torch.tensor(ids)), -torch.inf)
+        alpha_N = torch.minimum(p_TV, q_TV.softmax(-1)).sum(-1)[trace.positions]
+        assert found[trace.number] == (pytest.approx(float(alpha_N.mean()), abs=2e-3), trace.size)
+    again = acceptances(learner, traces[::-1], 40)
+    assert all(again[number][0] == pytest.approx(alpha, abs=1e-5) for number, (alpha, _) in found.items())
+
+
+@pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl", "jsd", "total_variation", "blend"])
+def test_training_raises_held_out_acceptance(lot: Lot, objective: str) -> None:
+    learner, training = _learner(), Training(objective=objective, learning_rate=3e-3, epochs=6)
+    fitted = fit(learner, optimiser_of(learner, training), lot.train, lot.stop, training, torch.Generator())
+    assert fitted.before is not None and fitted.after is not None
+    assert fitted.after > fitted.before + 0.01
+    measured = mean_acceptance(acceptances(learner, lot.stop, 2048))
+    assert measured == pytest.approx(fitted.after, abs=1e-6)  # the weights are those of the best measure
+
+
+def test_it_stops_on_acceptance_with_the_best_weights(lot: Lot) -> None:
+    """A learning rate that ruins the draft while it trains: the weights are those from before."""
+    learner, training = _learner(), Training(learning_rate=3.0, epochs=50, patience=2, measures=1)
+    before = snapshot(learner)
+    fitted = fit(learner, optimiser_of(learner, training), lot.train, lot.stop, training, torch.Generator())
+    assert all(torch.equal(weight, before[name]) for name, weight in learner.trained().items())
+    assert fitted.after == fitted.before and fitted.steps < 10 * len(lot.train)
+
+
+def test_a_nan_changes_nothing(lot: Lot) -> None:
+    learner, training = _learner(), Training()
+    trace = lot.train[3]
+    broken = np.full_like(trace.logprobs_NK, np.nan)
+    bad = type(trace)(**{**{name: getattr(trace, name) for name in trace.__dataclass_fields__}, "logprobs_NK": broken})
+    before = snapshot(learner)
+    train = [*lot.train[:3], bad, *lot.train[4:]]
+    fitted = fit(learner, optimiser_of(learner, training), train, lot.stop, training, torch.Generator())
+    assert not fitted.finite
+    assert all(torch.equal(weight, before[name]) for name, weight in learner.trained().items())
+
+
+def test_stories_are_learnt_from_recorded_traffic(shared: Path) -> None:
+    """A cold draft, the first layer of five, on recorded traffic: alpha rises on requests that it has not seen."""
+    folder = shared / "models" / "stories260k"
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    with (shared / "data" / "tinystories_train.jsonl").open() as lines:
+        rows = [json.loads(next(lines)) for _ in range(96)]
+    texts = [tuple(tokenizer(row["text"][:60])["input_ids"][:12]) for row in rows]
+    traces = _lot(model, layers_draft(model, [0]), texts, positions="rejected")
+    learner = ModelLearner(cut_layers(model, [0]))
+    training = Training(learning_rate=2e-3, epochs=4)
+    before = mean_acceptance(acceptances(learner, traces.gate, 2048))
+    fit(learner, optimiser_of(learner, training), traces.train, traces.stop, training, torch.Generator())
+    after = mean_acceptance(acceptances(learner, traces.gate, 2048))
+    print(f"alpha {before:.3f} -> {after:.3f}")
+    assert before is not None and after is not None and before < 0.1 and after > before + 0.1
+
+
+# -- a job ------------------------------------------------------------------------------------------------------------
+
+
+def _worker(folder: Path, **changes: Any) -> Worker:
+    training = Training(**{"learning_rate": 3e-3, "epochs": 6, **changes})
+    return Worker(_learner(), Versions(folder), training, Gate(), 0, lambda: None)
+
+
+def test_a_better_draft_is_written_and_a_restart_goes_on_from_it(tmp_path: Path, lot: Lot) -> None:
+    """Two updates, and two with a new process between them: the same weights, bit by bit."""
+    whole = _worker(tmp_path / "one")
+    first = whole.run(Job(0, lot))
+    assert first.verdict.kind == "better" and first.number == 1 and first.verdict.gain > 0
+    whole.run(Job(1, lot))
+    _worker(tmp_path / "two").run(Job(0, lot))
+    restarted = _worker(tmp_path / "two")
+    assert restarted.base == 1
+    restarted.run(Job(1, lot))
+    for (name, one), other in zip(snapshot(whole.learner).items(), snapshot(restarted.learner).values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_worse_draft_is_refused_and_forgotten(tmp_path: Path, lot: Lot) -> None:
+    """Training that makes it worse and does not stop by acceptance, as there is nothing to stop by."""
+    worker = _worker(tmp_path, learning_rate=1.0)
+    result = worker.run(Job(0, Lot(lot.train, [], lot.gate, [])))
+    assert result.verdict.kind == "worse" and result.verdict.gain < 0
+    assert result.number is None and worker.versions.numbers() == [0]
+    assert all(torch.equal(weight, worker.serving[name]) for name, weight in worker.learner.trained().items())
+
+
+def test_without_held_out_requests_nothing_passes(tmp_path: Path, lot: Lot) -> None:
+    worker = _worker(tmp_path)
+    result = worker.run(Job(0, Lot(lot.train, lot.stop, [], [])))
+    assert result.verdict.kind == "undecided" and result.number is None
+    kept = snapshot(worker.learner)
+    again = worker.run(Job(0, Lot(lot.train[:1], [], lot.gate, [])))  # goes on from there
+    assert again.verdict.kind == "better" and worker.base == 1
+    assert any(not torch.equal(weight, kept[name]) for name, weight in worker.learner.trained().items())
+
+
+def test_a_version_that_cannot_be_written_does_not_serve(tmp_path: Path, lot: Lot) -> None:
+    worker = _worker(tmp_path)
+    tmp_path.joinpath(".partial-000001").write_text("")  # a file where a folder must be made
+    worker.versions.folder = tmp_path / "origin.json"  # and then a file for a folder
+    result = worker.run(Job(0, lot))
+    assert result.number is None and result.error is not None and "could not be written" in result.error
+    assert worker.base == 0
+
+
+def test_another_version_is_compared_with_the_one_that_serves(tmp_path: Path, lot: Lot) -> None:
+    worker = _worker(tmp_path)
+    worker.run(Job(0, lot))
+    own = snapshot(worker.learner)
+    result = worker.run(Job(1, Lot([], [], lot.gate, []), other=0))
+    assert result.verdict.gain < 0  # of version 0 over version 1
+    assert all(torch.equal(weight, own[name]) for name, weight in worker.learner.trained().items())
+
+
+class _Time:
+    """A clock that only sleeping and working move on."""
+
+    def __init__(self) -> None:
+        self.now = self.slept = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.slept += seconds
+
+
+def test_training_keeps_its_share_and_idle_time_is_free() -> None:
+    import os
+
+    clock, numbers = _Time(), [1.0, 0.1, 0.0, 0.0]
+    breathe = Throttle(numbers, os.getppid(), lambda: clock.now, clock.sleep)
+    breathe.start()
+    worked = 0.0
+    for place in range(200):
+        numbers[0] = float(place < 100)  # then idle
+        breathe()
+        clock.now += 0.05
+        worked += 0.05
+        if place == 100:
+            assert 0.09 < worked / clock.now <= 0.1 + 0.05 / clock.now
+            slept = clock.slept
+    assert clock.slept == slept  # none while idle
+    assert numbers[3] == pytest.approx(worked - 0.05)
+    numbers[:2] = [1.0, 1.0]
+    breathe()
+    assert clock.slept == slept  # cold: no bound

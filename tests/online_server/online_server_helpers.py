@@ -1,0 +1,97 @@
+"""A service that tests look into, and what they compare the server with."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import openai
+
+from limbeck.decoding import Sampling, generate
+from limbeck.decoding.controller import Fixed
+from limbeck.decoding.drafts.layers import layers_draft
+from limbeck.decoding.requests import Event, Request
+from limbeck.decoding.speculative import Engine
+from limbeck.models import eos_tokens
+from limbeck.online import Service
+from limbeck.online.server import Served
+
+NAME = "stories260k"
+CHAT = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+Start = Callable[..., AbstractContextManager[str]]
+
+
+def client_of(address: str, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+@dataclass(frozen=True)
+class Written:
+    text: str
+    tokens: int
+    logprobs: list[float]
+    reason: str
+
+
+def written(stories: tuple[Any, Any], prompt: str | list[int], most: int, *, place: int = 0, **options: Any) -> Written:
+    """Plain decoding: the text that the whole of the tokens adds to the prompt's."""
+    model, tokenizer = stories
+    tokens = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+    settings: dict[str, Any] = {"temperature": 0.0, **options}
+    sampling = Sampling(most, stop_tokens=eos_tokens(model, tokenizer), **settings)
+    completion = generate(model, [tokens], sampling, tokenizer=tokenizer)[place]
+    before, after = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (tokens, tokens + completion.tokens))
+    return Written(after[len(before) :], len(completion.tokens), completion.logprobs, completion.finish_reason)
+
+
+class Recorded(Service):
+    """A service that remembers what it was asked for, and can be held between two rounds."""
+
+    def __init__(self, engine: Engine, **options: Any) -> None:
+        super().__init__(engine, **options)
+        self.seen: list[Request] = []
+        self.cancelled: list[str] = []
+
+    def submit(self, request: Request, on_event: Callable[[Event], None]) -> None:
+        self.seen.append(request)
+        super().submit(request, on_event)
+
+    def cancel(self, id: str) -> None:
+        self.cancelled.append(id)
+        super().cancel(id)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        go_on = threading.Event()
+        self.between_rounds(lambda: _within(go_on.wait(20)))
+        try:
+            yield
+        finally:
+            go_on.set()
+
+
+def _within(waited: bool) -> None:
+    assert waited
+
+
+def service_of(stories: tuple[Any, Any], *, max_batch: int = 8, gamma: int = 3, **options: Any) -> Recorded:
+    model, tokenizer = stories
+    drafts = {"cut": layers_draft(model, [0, 1])} if gamma else {}
+    engine = Engine(model, tokenizer, drafts, Fixed("cut" if gamma else None, gamma), max_batch=max_batch)
+    return Recorded(engine, **options)
+
+
+def served_by(stories: tuple[Any, Any], service: Any, *, template: str | None = CHAT, **changes: Any) -> Served:
+    model, tokenizer = stories[0], deepcopy(stories[1])
+    tokenizer.chat_template = template
+    served = Served(service, tokenizer, NAME, model.config.max_position_embeddings, eos_tokens(model, tokenizer))
+    return replace(served, **changes)

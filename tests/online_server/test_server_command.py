@@ -1,0 +1,154 @@
+"""`limbeck serve`, from the command line to a draft that serves."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from online_server_helpers import NAME, client_of, written
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from limbeck.decoding.drafts.ngram import NgramDraft
+from limbeck.errors import LimbeckError, PreflightError, RecipeError
+from limbeck.models import vocabulary_rows
+from limbeck.online.server.serving import Options, assemble, serve
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+
+
+@contextmanager
+def command(*arguments: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process of a server, and the line that it has printed."""
+    words = [sys.executable, "-m", "limbeck", "serve", "--port", "0", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, cwd=cwd, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield process, process.stdout.readline()
+    finally:
+        process.kill()
+        process.wait(20)
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def folder(shared: Path) -> str:
+    return str(shared / "models" / NAME)
+
+
+def test_command_serves_and_ends_when_interrupted(folder: str, tmp_path: Path, stories: tuple[Any, Any]) -> None:
+    with command("--target", folder, "--layers", "0,1", cwd=tmp_path) as (process, line):
+        found = re.fullmatch(r"limbeck serves stories260k at (http://127\.0\.0\.1:\d+) \(.*\); draft: (.*)\n", line)
+        assert found, line
+        assert found[2] == "layers 0, 1 of the target's 5, cold; learning, versions in runs/serve/stories260k/layers"
+        answer = client_of(found[1]).completions.create(model=NAME, prompt="Once upon", max_tokens=30, temperature=0)
+        assert answer.choices[0].text == written(stories, "Once upon", 30).text
+        said = httpx.get(f"{found[1]}/dashboard.json").json()
+        assert said["learning"] == "on" and set(said["drafts"]) == {"layers", "ngram"}
+        assert said["drafts"]["layers"]["kind"] == "model" and said["drafts"]["layers"]["buffer_positions"] > 0
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) in (0, 130, -signal.SIGINT)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    words = [sys.executable, "-m", "limbeck", "serve", *arguments]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_command_explains_a_mistake_in_one_line(tmp_path: Path) -> None:
+    done = run("--target", str(tmp_path / "nothing"), "--host", "0.0.0.0")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "--host 0.0.0.0: expected --api-key-file" in done.stderr
+
+
+def options(folder: str, tmp_path: Path, **changes: Any) -> Options:
+    return Options(folder, folder=tmp_path / "versions", **changes)
+
+
+def test_serve_makes_the_draft_that_is_asked_for(folder: str, tmp_path: Path) -> None:
+    made: dict[str, Any] = {}
+    for name, changes in {
+        "layers": {},
+        "layers of": {"draft": folder, "draft_kind": "layers", "layers": [4, 0]},
+        "model": {"draft": folder},
+        "ngram": {"draft_kind": "ngram"},
+        "still": {"learning": False},
+    }.items():
+        made[name] = assemble(options(folder, tmp_path, **changes), None)
+    said = {name: described for name, (_, described) in made.items()}
+    assert said["layers"].startswith("layers 0, 2 of the target's 5, cold; learning")
+    assert said["layers of"].startswith(f"layers 4, 0 of {folder}'s 5, cold") and said["model"].startswith("the model ")
+    assert said["ngram"] == "n-grams of the requests themselves, not learning"
+    assert said["still"] == "layers 0, 2 of the target's 5, not learning"
+    services = {name: served.service for name, (served, _) in made.items()}
+    assert [set(service.engine.drafts) for service in services.values()] == [
+        {"layers", "ngram"},
+        {"layers", "ngram"},
+        {"model", "ngram"},
+        {"ngram"},
+        {"layers", "ngram"},
+    ]
+    assert [set(service.learning) for service in services.values()] == [{"layers"}, {"layers"}, {"model"}, set(), set()]
+    assert isinstance(services["ngram"].engine.drafts["ngram"], NgramDraft)
+    served = made["layers"][0]
+    assert served.context == 512 and served.stop_tokens == (1,) and served.name == NAME
+
+
+def test_serve_ignores_the_padding_of_two_vocabularies(folder: str, tmp_path: Path) -> None:
+    """Heads of one family with different numbers of rows behind the tokenizer's last token."""
+    torch.manual_seed(0)
+    paths = {}
+    for name, rows in (("target", 520), ("draft", 576)):
+        shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+        config = LlamaConfig(vocab_size=rows, num_hidden_layers=2, max_position_embeddings=64, **shape)
+        paths[name] = str(tmp_path / name)
+        LlamaForCausalLM(config).save_pretrained(paths[name])
+        AutoTokenizer.from_pretrained(folder).save_pretrained(paths[name])
+    served, _ = assemble(options(paths["target"], tmp_path, draft=paths["draft"], learning=False), None)
+    engine = served.service.engine
+    assert engine.vocabulary == 512 == engine.drafts["model"].vocabulary
+    assert vocabulary_rows(engine.drafts["model"].reader.model) == 512
+
+
+def test_serve_refuses_a_draft_of_another_vocabulary(folder: str, tmp_path: Path, shared: Path) -> None:
+    other = str(shared / "models" / "babyllama-105")
+    with pytest.raises(PreflightError, match="expected the target's vocabulary of 512 tokens, found 105, for example"):
+        assemble(options(folder, tmp_path, draft=other), None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"draft_kind": "model"}, "--draft-kind model: expected --draft"),
+        ({"draft_kind": "owl"}, "--draft-kind: expected layers, model or ngram, found 'owl'"),
+        ({"draft": "x", "draft_kind": "ngram"}, "--draft x: expected none"),
+        ({"layers": [7]}, "layers from 0 to 4"),
+    ],
+)
+def test_serve_refuses_options_that_do_not_fit(
+    folder: str, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(LimbeckError, match=message):
+        assemble(options(folder, tmp_path, **changes), None)
+
+
+def test_serve_refuses_addresses_before_it_loads_anything(tmp_path: Path) -> None:
+    nothing = str(tmp_path / "nothing")
+    for host in ("0.0.0.0", "::", "192.0.2.7", "example.org"):
+        with pytest.raises(RecipeError, match="expected --api-key-file for an address that other machines reach"):
+            serve(Options(nothing, host=host))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(RecipeError, match="expected an address to listen at"):
+            serve(Options(nothing, port=taken.getsockname()[1]))

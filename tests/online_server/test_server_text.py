@@ -1,0 +1,97 @@
+"""Completions as text, piece by piece."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from limbeck.online.server.text import Detokenizer
+
+TEXT = "héllo 👩‍🚀 wörld — 日本語 naïve €5"
+
+
+@pytest.fixture(scope="module")
+def bytewise() -> Any:
+    """A token for each byte, as byte-level BPE falls back to, and one special token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: place for place, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def fallback(stories: tuple[Any, Any], text: str) -> list[int]:
+    """Every byte as SentencePiece's byte token."""
+    return stories[1].convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in text.encode()])
+
+
+def test_detokenizer_never_ends_inside_a_character(bytewise: Any, stories: tuple[Any, Any]) -> None:
+    for tokenizer, tokens in ((bytewise, bytewise(TEXT)["input_ids"]), (stories[1], fallback(stories, TEXT))):
+        assert len(tokens) == len(TEXT.encode())
+        detokenizer = Detokenizer(tokenizer, tokens[:0])
+        pieces = [detokenizer.feed([token])[0] for token in tokens]
+        assert [piece for piece in pieces if piece] == list(TEXT)
+        assert detokenizer.finish([], stopped=False)[0] == ""
+
+
+def test_detokenizer_leaves_out_the_beginning_of_a_character(bytewise: Any) -> None:
+    tokens = bytewise("ab👩")["input_ids"][:-1]
+    for cut in range(len(tokens) + 1):
+        detokenizer = Detokenizer(bytewise, [])
+        text = detokenizer.feed(tokens[:cut])[0] + detokenizer.finish(tokens[cut:], stopped=False)[0]
+        assert text == "ab"
+
+
+def test_detokenizer_passes_on_bytes_that_are_no_text(bytewise: Any) -> None:
+    """A model that writes nothing else is not held back for ever, and what follows is right."""
+    invalid = bytewise.convert_tokens_to_ids(["ÿ"]) * 300
+    detokenizer = Detokenizer(bytewise, [])
+    text = detokenizer.feed(invalid)[0]
+    assert set(text) == {"\ufffd"} and len(text) > 200
+    assert detokenizer.feed(bytewise("ok")["input_ids"])[0].endswith("ok")
+    assert len(detokenizer.tokens) - detokenizer.known < 200
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_detokenizer_pieces_join_to_the_whole(stories: tuple[Any, Any], seed: int) -> None:
+    """Real words, byte tokens, special tokens, however they are cut; the space before the first word too."""
+    tokenizer, draw = stories[1], random.Random(seed)
+    prompt = tokenizer("Once upon")["input_ids"]
+    tokens = tokenizer("a time, there was a girl who said: yes.")["input_ids"][1:] * 3
+    for place in sorted(draw.sample(range(len(tokens)), 6), reverse=True):
+        tokens[place:place] = draw.choice([fallback(stories, "é"), fallback(stories, "日"), [2]])
+    whole = tokenizer.decode(prompt + tokens, skip_special_tokens=True)[len("Once upon") :]
+    detokenizer, pieces, place = Detokenizer(tokenizer, prompt), [], 0
+    while place < len(tokens):
+        size = draw.randint(1, 4)
+        pieces.append(detokenizer.feed(tokens[place : place + size])[0])
+        place += size
+    pieces.append(detokenizer.finish([], stopped=False)[0])
+    assert "".join(pieces) == whole and whole.startswith(" a time")
+
+
+def test_detokenizer_forgets_what_is_written(stories: tuple[Any, Any]) -> None:
+    tokenizer = stories[1]
+    tokens = tokenizer(" the dog ran")["input_ids"][1:] * 2000
+    detokenizer = Detokenizer(tokenizer, [])
+    text = detokenizer.feed(tokens)[0]
+    assert text == tokenizer.decode(tokens) and len(detokenizer.tokens) < 6000 < len(tokens)
+
+
+@pytest.mark.parametrize(("stops", "expected"), [(("lo w",), "hel"), (("wx", "ll"), "he"), (("ld!",), "hello world")])
+def test_detokenizer_holds_back_what_may_become_a_stop_string(
+    bytewise: Any, stops: tuple[str, ...], expected: str
+) -> None:
+    """A text that ends with the token that completes the stop string, as the engine ends it; or without one."""
+    tokens = bytewise("hello world")["input_ids"]
+    ends = [place for place in range(1, 12) if any(stop in "hello world"[:place] for stop in stops)]
+    tokens = tokens[: ends[0]] if ends else tokens
+    detokenizer, text = Detokenizer(bytewise, [], stops), ""
+    for token in tokens[:-1]:
+        text += detokenizer.feed([token])[0]
+        assert expected.startswith(text)
+    assert text + detokenizer.finish(tokens[-1:], stopped=bool(ends))[0] == expected
