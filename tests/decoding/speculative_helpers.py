@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from decoding_helpers import llama
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from limbeck.decoding import (
     Draft,
@@ -21,6 +23,11 @@ from limbeck.decoding import (
     feature_shape,
     layers_draft,
 )
+
+
+def target(**changes: Any) -> LlamaForCausalLM:
+    """Wide enough for every way of packing weights: the kernels take some shapes alone."""
+    return llama(hidden_size=64, intermediate_size=96, **changes)
 
 
 def feature(model: Any, **options: Any) -> FeatureDraft:

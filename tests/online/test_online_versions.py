@@ -16,9 +16,11 @@ import torch
 from limbeck.errors import CheckpointError
 from limbeck.online.versions import Version, Versions, fingerprint
 
+LARGE = torch.ones(20_000, 4)  # made before any fork: a child must not need the parent's threads
 
-def _version(number: int, size: int = 8) -> Version:
-    weights = {"a.weight": torch.full((size, 4), float(number)), "b": torch.arange(3.0) * number}
+
+def _version(number: int, large: torch.Tensor = LARGE[:8].clone()) -> Version:  # noqa: B008
+    weights = {"a.weight": large, "b": torch.arange(3.0) * number}
     return Version(
         number, weights, {"b/step": torch.tensor(float(number)), "generator": torch.get_rng_state()}, {"n": 1}
     )
@@ -30,7 +32,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     for number in (0, 1):
         versions.save(_version(number))
     found = Versions(tmp_path).load(1)
-    assert torch.equal(found.weights["a.weight"], torch.ones(8, 4)) and found.facts == {"n": 1}
+    assert torch.equal(found.weights["b"], torch.arange(3.0)) and found.facts == {"n": 1}
     assert torch.equal(found.state["generator"], torch.get_rng_state())
     assert versions.newest() == 1 and versions.before(1) == 0 and versions.before(0) is None
 
@@ -42,7 +44,7 @@ def test_a_stale_version_is_never_written_over_the_newest(tmp_path: Path) -> Non
     for stale in (1, 2):
         with pytest.raises(CheckpointError, match="stale"):
             versions.save(Version(stale, {"a.weight": torch.zeros(1)}))
-    assert torch.equal(versions.weights(2)["a.weight"], torch.full((8, 4), 2.0))
+    assert torch.equal(versions.weights(2)["b"], torch.arange(3.0) * 2)
 
 
 def test_a_withdrawn_version_is_gone_and_its_number_too(tmp_path: Path) -> None:
@@ -85,12 +87,12 @@ def test_another_draft_is_refused(tmp_path: Path) -> None:
 def _save_for_ever(folder: str) -> None:
     versions = Versions(folder)
     while True:
-        versions.save(_version(versions.next(), 20_000))
+        versions.save(_version(versions.next(), LARGE))
 
 
 def test_killed_while_saving_the_last_whole_version_is_there(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    torn = 0
+    torn, before = 0, -1
     for place in range(12):
         process = context.Process(target=_save_for_ever, args=(str(tmp_path),))
         process.start()
@@ -103,8 +105,11 @@ def test_killed_while_saving_the_last_whole_version_is_there(tmp_path: Path) -> 
         newest = versions.newest()
         assert newest is not None
         found = versions.load(newest)
-        assert torch.equal(found.weights["a.weight"], torch.full((20_000, 4), float(newest)))
+        assert torch.equal(found.weights["a.weight"], LARGE)
+        assert torch.equal(found.weights["b"], torch.arange(3.0) * newest)
         assert newest == versions.next() - 1  # what was renamed is whole
+        assert newest > before  # each child did save
+        before = newest
     assert torn  # the kills did fall into saves
     versions.claim("it")
     assert not list(tmp_path.glob(".partial-*"))
@@ -114,7 +119,7 @@ def _save_without_room(folder: str) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     try:
-        Versions(folder).save(_version(1, 20_000))
+        Versions(folder).save(_version(1, LARGE))
     except CheckpointError as error:
         os._exit(7 if "could not be written" in str(error) else 8)
     os._exit(0)

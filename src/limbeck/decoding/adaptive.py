@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 from limbeck.decoding.controller import NOTHING, Choice, Round
 from limbeck.decoding.drafts.ngram import NgramDraft, ngram_confidence
@@ -112,7 +113,7 @@ class Adaptive:
         self.ngram = ngram
         self.max_gamma = max_gamma
         self.records: dict[str, DraftRecord] = {}
-        self.rows: dict[Live, Share] = {}
+        self.rows: WeakKeyDictionary[Live, Share] = WeakKeyDictionary()
         self.verify = VerifyCost()
         self.other = Mean()  # seconds of a round that are neither drafting nor verifying
         self.tokens = self.seconds = 0.0  # of the last rounds
@@ -123,7 +124,9 @@ class Adaptive:
         return self.records.setdefault(name, DraftRecord())
 
     def plan(self, rows: Sequence[Live]) -> list[Choice]:
-        self.rows = {row: self.rows.get(row) or self._fresh(row) for row in rows}
+        for row in rows:
+            if row not in self.rows:
+                self.rows[row] = self._fresh(row)
         speed = self._speed(len(rows))
         choices = [self._by_match(row, speed, len(rows)) for row in rows]
         names = {row.request.route or self.draft for row, choice in zip(rows, choices, strict=True) if choice is None}

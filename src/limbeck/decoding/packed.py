@@ -22,22 +22,29 @@ FEW_ROWS = {"own": 32, "int8": MOST_ROWS, "int4": 8}
 
 _GROUP = 32
 _ROWS = 64  # output rows that torch's int4 kernel wants a multiple of
+_WIDTH = 16  # columns that the int8 kernel wants a multiple of: it reads beyond the end of other rows, without a word
 
 
 class Packed:
     """hidden @ weight.T + bias, for few rows, of a weight that is rounded once. Called with (..., H); in its dtype.
 
-    A shape that torch's int4 kernel does not take is packed as int8. ModelError for another packing or device.
+    A shape that torch's int4 kernel does not take is packed as int8, and one that neither takes is kept as it is.
+    ModelError for another packing or device.
     """
 
     def __init__(self, weight_VH: Tensor, bias_V: Tensor | None, packing: str) -> None:
         check_packing(packing, weight_VH.device)
         rows, width = weight_VH.shape
         self.groups = packing == "int4" and rows % _ROWS == 0 and width % _GROUP == 0
-        self.packed, self.scales = (int4 if self.groups else quantised)(weight_VH)
+        self.whole_VH = weight_VH if width % _WIDTH else None
+        if self.whole_VH is None:
+            self.packed, self.scales = (int4 if self.groups else quantised)(weight_VH)
         self.bias_V = None if bias_V is None else bias_V.detach().to(torch.bfloat16)
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        if self.whole_VH is not None:
+            product = F.linear(hidden, self.whole_VH)
+            return product if self.bias_V is None else product + self.bias_V.to(product.dtype)
         flat_NH = hidden.reshape(-1, hidden.shape[-1]).to(torch.bfloat16)
         if self.groups:
             product_NV = _int4_product(flat_NH, self.packed, _GROUP, self.scales)

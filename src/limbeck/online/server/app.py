@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Header, Request
@@ -65,7 +64,7 @@ def create_app(served: Served) -> FastAPI:
         yield
         sampler.cancel()
 
-    app = FastAPI(title="limbeck", version=version("limbeck"), lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="limbeck", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, limits=served.limits, keys=served.keys)  # pyright: ignore[reportArgumentType]
     _answer_errors(app)
 
