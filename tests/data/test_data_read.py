@@ -265,7 +265,7 @@ def test_mixed_kinds_name_both_places(tmp_path: Path) -> None:
         ({"prompt": None, "completion": "c"}, "found an empty prompt"),
         ({"prompt": "p", "completion": 51.0}, "expected text as completion, found float 51.0"),
         ({"prompt": [], "completion": "c"}, "expected completion as one, found 'c'"),
-        ({"question": "p", "answer": ["a"]}, "expected text as completion (column answer), found list"),
+        ({"question": "p", "answer": [["a"]]}, "expected text as completion (column answer), found list"),
     ],
 )
 def test_values_that_are_empty_or_not_text(row: dict[str, Any], expected: str) -> None:

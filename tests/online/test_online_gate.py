@@ -90,23 +90,25 @@ def test_more_wins_do_not_outweigh_a_lower_mean() -> None:
     assert Gate(0.05).judge([0.5] * 50, new).kind == "undecided"
 
 
-def _watched(after: float, seed: int, requests: int = 256) -> int | None:
-    """After how many requests the watch raises its alarm, acceptance being .5 before the swap."""
+def _watched(after: float, seed: int, requests: int = 256, late: int = 0) -> int | None:
+    """After how many requests (beyond `late` unchanged ones) the watch raises its alarm, acceptance being .5 before."""
     rng, watch = np.random.default_rng(seed), Watch()
     for alpha in rng.normal(0.5, 0.1, 64):
         assert not watch.add(float(alpha))
     watch.swapped()
-    for place, alpha in enumerate(rng.normal(after, 0.1, requests)):
+    changed = rng.normal(after, 0.1, requests - late)
+    for place, alpha in enumerate([*rng.normal(0.5, 0.1, late), *changed]):
         if watch.add(float(alpha)):
-            return place + 1
+            return place + 1 - late
     return None
 
 
 def test_the_watch_is_silent_unless_acceptance_falls() -> None:
     false = sum(_watched(0.5, seed) is not None for seed in range(500))
     assert false / 500 <= 0.02 + 4 * math.sqrt(0.02 * 0.98 / 500)
-    times = [_watched(0.25, seed) for seed in range(100)]
-    assert all(time is not None and time <= 20 for time in times)
+    for late in (0, 40, 150):
+        times = [_watched(0.25, seed, late=late) for seed in range(50)]
+        assert all(time is not None and time <= 25 for time in times)
     assert sum(_watched(0.6, seed) is not None for seed in range(200)) == 0
 
 
