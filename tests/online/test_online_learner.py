@@ -113,12 +113,12 @@ def _worker(folder: Path, **changes: Any) -> Worker:
 
 def test_a_better_draft_is_written_and_a_restart_goes_on_from_it(tmp_path: Path, lot: Lot) -> None:
     """Two updates, and two with a new process between them: the same weights, bit by bit."""
-    whole = _worker(tmp_path / "one")
+    whole = _worker(tmp_path / "one", batch_tokens=256)
     first = whole.run(Job(0, lot))
     assert first.verdict.kind == "better" and first.number == 1 and first.verdict.gain > 0
     whole.run(Job(1, lot))
-    _worker(tmp_path / "two").run(Job(0, lot))
-    restarted = _worker(tmp_path / "two")
+    _worker(tmp_path / "two", batch_tokens=256).run(Job(0, lot))
+    restarted = _worker(tmp_path / "two", batch_tokens=256)
     assert restarted.base == 1
     restarted.run(Job(1, lot))
     for (name, one), other in zip(snapshot(whole.learner).items(), snapshot(restarted.learner).values(), strict=True):

@@ -42,7 +42,7 @@ def test_a_stale_version_is_never_written_over_the_newest(tmp_path: Path) -> Non
     for number in (0, 1, 2):
         versions.save(_version(number))
     for stale in (1, 2):
-        with pytest.raises(CheckpointError, match="stale"):
+        with pytest.raises(CheckpointError, match="it is stale"):
             versions.save(Version(stale, {"a.weight": torch.zeros(1)}))
     assert torch.equal(versions.weights(2)["b"], torch.arange(3.0) * 2)
 
@@ -53,7 +53,7 @@ def test_a_withdrawn_version_is_gone_and_its_number_too(tmp_path: Path) -> None:
         versions.save(_version(number))
     versions.withdraw(2)
     assert versions.newest() == 1 and versions.next() == 3
-    with pytest.raises(CheckpointError, match="stale"):
+    with pytest.raises(CheckpointError, match="it is stale"):
         versions.save(_version(2))
 
 

@@ -65,7 +65,8 @@ class Tab:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def open(self, url: str) -> None:
-        self.call("Page.navigate", url=url)
+        self.call("Page.navigate", url=url)  # answered when the old page is gone, not when the new one is there
+        self.until("document.readyState === 'complete'")
 
     def ask(self, script: str) -> Any:
         found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)

@@ -21,7 +21,7 @@ _EDGES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _DECAY = 0.995  # a token judged: about the last 200 count
 _ROUND_DECAY = 0.97
 _PRIOR_TOKENS = 4.0
-_PROBE_FIRST, _PROBE_LAST = 8, 512  # rounds without drafting until it is tried again
+_PROBE_FIRST, _PROBE_LAST = 8, 64  # rounds without drafting until it is tried again
 
 
 @dataclass
@@ -117,8 +117,9 @@ class Adaptive:
         self.verify = VerifyCost()
         self.other = Mean()  # seconds of a round that are neither drafting nor verifying
         self.tokens = self.seconds = 0.0  # of the last rounds
-        self.off = self.off_for = 0
+        self.off = 0  # rounds since drafting was last tried
         self.wait = _PROBE_FIRST
+        self.trying = False
 
     def record_of(self, name: str) -> DraftRecord:
         return self.records.setdefault(name, DraftRecord())
@@ -162,6 +163,9 @@ class Adaptive:
         self.seconds = self.seconds * _ROUND_DECAY + round_.seconds
         for name, seconds in round_.step_seconds.items():
             self.record_of(name).step_seconds.add(seconds)
+        if self.trying and any(any(drafted.kept) for drafted in round_.drafted):
+            self.off = self.wait  # it came out well: again at once
+        self.trying = False
         for drafted in round_.drafted:
             record = self.record_of(drafted.draft)
             record.by_place += [Share(0.0, 0.0) for _ in range(len(drafted.kept) - len(record.by_place))]
@@ -169,7 +173,7 @@ class Adaptive:
                 record.by_confidence[bisect.bisect(_EDGES, confidence)].add(kept)
                 record.by_place[place].add(kept)
                 record.stands.add(kept)
-                if drafted.row in self.rows:
+                if drafted.row in self.rows and (self.ngram is None or drafted.draft != self.ngram[0]):
                     self.rows[drafted.row].add(kept)
 
     def probed(self, tokens: int, seconds: float) -> None:
@@ -205,7 +209,7 @@ class Adaptive:
         self.off += 1
         if self.off < self.wait:
             return False
-        self.off, self.wait = 0, min(2 * self.wait, _PROBE_LAST)
+        self.off, self.wait, self.trying = 0, min(2 * self.wait, _PROBE_LAST), True
         return True
 
     def _by_match(self, row: Live, speed: float, rows: int) -> Choice | None:

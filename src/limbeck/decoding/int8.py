@@ -20,6 +20,10 @@ MOST_ROWS = 4
 """Rows of a product up to which int8 weights are used: beyond, torch's int8 product is slower than its bf16 one (with
 AVX-512 bf16, two threads, K = 896, N = 4864 and 151 936: faster up to 4 rows, slower from 6 on)."""
 
+WIDTHS = 16
+"""Torch's int8 product wants the width of a weight to be a multiple of this: else it reads beyond its end, without a
+word. Layers of other widths keep their own weights."""
+
 
 @contextmanager
 def int8_weights(model: Any) -> Iterator[None]:
@@ -33,7 +37,8 @@ def int8_weights(model: Any) -> Iterator[None]:
         raise RolloutError(
             f"int8 weights: expected a model on a CPU, found {base.device.type}: set int8_rollouts=false"
         )
-    layers: list[Any] = [module for module in base.modules() if type(module) is nn.Linear]
+    linear = (module for module in base.modules() if type(module) is nn.Linear)
+    layers: list[Any] = [layer for layer in linear if layer.in_features % WIDTHS == 0]
     try:
         for layer in layers:
             layer.forward = _Int8(layer)

@@ -17,7 +17,8 @@ from limbeck.decoding.verify import accepts, leading, overlap, residual, residua
 @dataclass(frozen=True, eq=False)
 class Verdict:
     """`accepted` drafted tokens stand; `tokens` are these and one more, with their raw log-probabilities. `alpha` and
-    `alpha_raw` (empty unless asked for): one for each drafted token judged. `error`: why there is no next token."""
+    `alpha_raw` (empty unless asked for): one for each drafted token judged. `error`: why no token can follow them, in
+    which case there is no other after those that stand. `finite`: no NaN, neither there nor in what was rejected."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -25,6 +26,7 @@ class Verdict:
     alpha: list[float]
     alpha_raw: list[float]
     error: str | None = None
+    finite: bool = True
 
 
 def judge(
@@ -51,6 +53,16 @@ def judge(
             unit_of = _Unit([rows[place] for place in places], logits_bqV, proposal, lines, counts)
             verdicts.update(zip(places, unit_of.verdicts(want_raw), strict=True))
     return [verdicts[place] for place in range(len(rows))]
+
+
+def _trouble(logprobs: list[float], served: list[float]) -> tuple[str | None, int]:
+    """(what is wrong with a row's tokens or None, how many of them come before it)."""
+    for place, (logprob, logit) in enumerate(zip(logprobs, served, strict=True)):
+        if logprob != logprob:
+            return "expected finite logits, found NaN: check the target's weights and dtype", place
+        if logit == -torch.inf:
+            return "expected a token to draw, found all ruled out: lower no_repeat_ngram_size or min_tokens", place
+    return None, len(logprobs)
 
 
 class _Unit:
@@ -82,14 +94,12 @@ class _Unit:
             tokens = [*self.texts[place][:kept], last]
             steps = range(kept + 1)
             logprobs = (self.logits_bqV[place, steps, tokens] - total_bq[place, : kept + 1]).tolist()
-            judged = min(kept + 1, count)
-            error = None
-            if any(value != value for value in logprobs):
-                error = "expected finite logits, found NaN: check the target's weights and dtype"
-            elif bool((served_bqV[place, steps, tokens] == -torch.inf).any()):
-                error = "expected a token to draw, found all ruled out: lower no_repeat_ngram_size or min_tokens"
+            error, good = _trouble(logprobs, served_bqV[place, steps, tokens].tolist())
+            kept, judged = min(kept, good), min(kept + 1, count, good)
             alpha_raw = [] if alpha_raw_bg is None else alpha_raw_bg[place, :judged].tolist()
-            verdicts.append(Verdict(tokens, logprobs, kept, alpha_bg[place, :judged].tolist(), alpha_raw, error))
+            alpha = alpha_bg[place, :judged].tolist()
+            finite = bool(torch.isfinite(total_bq[place, : count + 1]).all())
+            verdicts.append(Verdict(tokens[:good], logprobs[:good], kept, alpha, alpha_raw, error, finite))
         return verdicts
 
     def _greedy(self, served_bqV: Tensor) -> tuple[list[int], Tensor, Tensor]:

@@ -19,13 +19,14 @@ TARGET, DRAFT, ACCEPT = 0, 1, 2
 @dataclass(eq=False)
 class Live:
     """Tokens [0, len(tokens)) are known; the first `prompt` are the request's own, `limit` is where it must end.
-    `slot` is its row in every cache. The target has read all tokens but the newest."""
+    `slot` is its row in every cache. The target has read all tokens but the newest. `alone`: nobody drafts for it."""
 
     request: Request
     limit: int
     slot: int
     tokens: list[int] = field(init=False)
     counters: Counters = field(default_factory=Counters)
+    alone: bool = False
 
     def __post_init__(self) -> None:
         request = self.request

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from limbeck.decoding.int8 import MOST_ROWS, quantised
+from limbeck.decoding.int8 import MOST_ROWS, WIDTHS, quantised
 from limbeck.errors import ModelError
 
 FEW_ROWS = {"own": 32, "int8": MOST_ROWS, "int4": 8}
@@ -22,7 +22,6 @@ FEW_ROWS = {"own": 32, "int8": MOST_ROWS, "int4": 8}
 
 _GROUP = 32
 _ROWS = 64  # output rows that torch's int4 kernel wants a multiple of
-_WIDTH = 16  # columns that the int8 kernel wants a multiple of: it reads beyond the end of other rows, without a word
 
 
 class Packed:
@@ -36,7 +35,7 @@ class Packed:
         check_packing(packing, weight_VH.device)
         rows, width = weight_VH.shape
         self.groups = packing == "int4" and rows % _ROWS == 0 and width % _GROUP == 0
-        self.whole_VH = weight_VH if width % _WIDTH else None
+        self.whole_VH = weight_VH if width % WIDTHS else None
         if self.whole_VH is None:
             self.packed, self.scales = (int4 if self.groups else quantised)(weight_VH)
         self.bias_V = None if bias_V is None else bias_V.detach().to(torch.bfloat16)

@@ -83,11 +83,11 @@ class RaggedCache:
             rows = torch.tensor([source]), torch.tensor([target])
             self.cache.copy_rows(*rows, slice(0, self.view.capacity))
 
-    def forget(self, slot: int | None = None) -> None:
-        """Zeros in a slot (None: in all). A mask hides numbers, but not NaN: 0 times NaN is NaN."""
+    def forget(self, slot: int | None = None, start: int = 0) -> None:
+        """Zeros in a slot (None: in all) from a column on. A mask hides numbers, but not NaN: 0 times NaN is NaN."""
+        rows = slice(None) if slot is None else slice(slot, slot + 1)
         for layer in self._layers():
-            for buffer in (layer.keys, layer.values):
-                (buffer if slot is None else buffer[slot : slot + 1]).zero_()
+            layer.keys[rows, :, start:] = layer.values[rows, :, start:] = 0
 
     def _layers(self) -> list[Any]:
         return [layer for layer in self.cache.layers if isinstance(layer, RaggedLayer) and layer.is_initialized]

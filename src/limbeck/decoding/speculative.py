@@ -226,7 +226,7 @@ class Engine:
         groups: dict[str, list[int]] = {}
         for place, (row, choice) in enumerate(zip(rows, choices, strict=True)):
             name = choice.draft
-            if name is not None and choice.gamma > 0 and row.left > 1 and not self.drafts[name].benched:
+            if name is not None and choice.gamma > 0 and row.left > 1 and not (row.alone or self.drafts[name].benched):
                 groups.setdefault(name, []).append(place)
         for name, places in groups.items():
             start = perf_counter()
@@ -265,6 +265,12 @@ class Engine:
         observed: list[Observed] = []
         for place, (row, verdict, of) in enumerate(zip(rows, verdicts, drafted, strict=True)):
             before = len(row.tokens)
+            if verdict.error is not None and not verdict.finite and of is not None:
+                # NaN may come of a drafted token, and then reaches the ones before it: once more, without any.
+                row.alone, of = True, None
+                verdict = verdicts[place] = replace(
+                    verdict, tokens=[], logprobs=[], accepted=0, alpha=[], alpha_raw=[], error=None
+                )
             kept, reason = self._written(row, verdict)
             accepted, judged = min(verdict.accepted, kept), min(len(verdict.alpha), kept)
             row.tokens += verdict.tokens[:kept]
@@ -274,16 +280,9 @@ class Engine:
             counters.verified += judged
             counters.alpha_sum += sum(verdict.alpha[:judged])
             last = reason is not None
-            events.append(
-                Event(
-                    row.request.id,
-                    verdict.tokens[:kept],
-                    verdict.logprobs[:kept],
-                    reason,
-                    counters if last else None,
-                    verdict.error,
-                )
-            )
+            tokens, logprobs = verdict.tokens[:kept], verdict.logprobs[:kept]
+            error = verdict.error if reason == "error" else None
+            events.append(Event(row.request.id, tokens, logprobs, reason, counters if last else None, error))
             hidden_TF = None
             if tapped_BQF is not None:
                 hidden_TF = tapped_BQF[place, : before - starts[place] + kept - 1]
@@ -310,23 +309,21 @@ class Engine:
         if self.observer is not None and observed:
             self.observer(Observation(observed))
         for row, verdict, event in zip(rows, verdicts, events, strict=True):
+            if not verdict.finite:
+                self.reader.rows.forget(row.slot, 0 if event.finish_reason else len(row.tokens) - 1)
             if event.finish_reason is not None:
-                if verdict.error is not None:
-                    self.reader.rows.forget(row.slot)
                 self._leave(row)
         return events, verdicts
 
     def _written(self, row: Live, verdict: Verdict) -> tuple[int, FinishReason | None]:
         """(how many of the verdict's tokens the completion takes, why it ends with them or None)."""
-        if verdict.error is not None:
-            return 0, "error"
         sampling, tokens = row.request.sampling, verdict.tokens
         for place, token in enumerate(tokens):
             if token in sampling.stop_tokens or (sampling.stop_strings and self._completes(row, tokens[: place + 1])):
                 return place + 1, "stop"
             if place + 1 == row.left:
                 return place + 1, "length"
-        return len(tokens), None
+        return len(tokens), None if verdict.error is None else "error"
 
     def _completes(self, row: Live, new: list[int]) -> bool:
         """Whether a stop string stands in the text that ends with these tokens."""

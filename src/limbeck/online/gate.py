@@ -80,22 +80,25 @@ class Gate:
 
 @dataclass
 class Watch:
-    """Live acceptance after a swap against that before it: it must not fall.
+    """Live acceptance after a swap against that before it: it must not fall, at once or later.
 
     The reference are the last `window` requests before the swap. After it, a request below their lower quartile counts
     as an event: had nothing changed, one in four would be. `chance` .4 leaves room for the reference being a sample (64
-    requests put more than .4 below their own quartile with a probability under .01). The alarm is false with a
-    probability of at most `error` beside that, in the first `most` requests after a swap.
+    requests put more than .4 below their own quartile with a probability under .01). As a fall may come at any time,
+    the wealth is spread evenly over bets that begin `every` requests apart: it is a supermartingale still. The alarm is
+    false with a probability of at most `error` beside that, in the first `most` requests after a swap.
     """
 
     error: float = 0.01
     window: int = 64
     least: int = 16
     most: int = 256
+    every: int = 8
     chance: float = 0.4
     recent: deque[float] = field(default_factory=deque[float])
     floor: float | None = None
-    bet: Bet = field(default_factory=Bet)
+    bets: list[Bet] = field(default_factory=list[Bet])
+    trials: int = 0
 
     def add(self, alpha: float) -> bool:
         """The acceptance of a request that one version served from its start. True: it has fallen."""
@@ -104,17 +107,23 @@ class Watch:
             self.recent.popleft()
         if self.floor is None:
             return False
-        self.bet.add(alpha < self.floor)
-        if self.bet.trials >= self.most:
+        if self.trials % self.every == 0:
+            self.bets.append(Bet(self.chance))
+        self.trials += 1
+        for bet in self.bets:
+            bet.add(alpha < self.floor)
+        if self.trials >= self.most:
             self.floor = None
             return False
-        return self.bet.wealth >= 1 / self.error
+        shares = -(-self.most // self.every)
+        wealth = (sum(bet.wealth for bet in self.bets) + shares - len(self.bets)) / shares
+        return wealth >= 1 / self.error
 
     def swapped(self) -> None:
         """A new version serves from now on: those before it are the reference."""
         ranked = sorted(self.recent)
         self.floor = ranked[len(ranked) // 4] if len(ranked) >= self.least else None
-        self.bet = Bet(self.chance)
+        self.bets, self.trials = [], 0
         self.recent.clear()
 
     def rest(self) -> None:

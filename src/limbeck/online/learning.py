@@ -29,6 +29,7 @@ _PUT = 60.0  # s that a swap may wait for the end of a round
 _LEAST_VERIFIED = 8  # positions of a request whose live acceptance counts
 _LEAST_POSITIONS = 32  # for an update that time alone calls for
 _MOST_BACKOFF = 32
+_MOST_WAIT = 60.0  # s before a process that keeps dying is started again
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class Learning:
         self._alarm: str | None = None
         self._doubt = False
         self._forced = self._paused = self._ended = False
+        self._again: float | None = None  # when an update that was lost with its process is tried again
+        self._lost = 0
         self._swapped_at = 0  # traces known when this version began to serve
         self._started: dict[str, int] = {}  # the version that a request was first seen with
         self._last = time.monotonic()
@@ -199,6 +202,8 @@ class Learning:
             except UpdaterLost as error:
                 if not self._ended:
                     self._failed(error)
+                    self._lost += 1
+                    self._again = time.monotonic() + min(2.0**self._lost, _MOST_WAIT) - 2
             except Exception as error:
                 self._failed(error)
 
@@ -211,6 +216,8 @@ class Learning:
     def _due(self) -> bool:
         if self._paused:
             return False
+        if self._again is not None:
+            return time.monotonic() >= self._again
         new = self.buffer.new
         if self._forced or new >= self.pace.update_size * self.backoff:
             return new > 0 or self._forced
@@ -224,7 +231,7 @@ class Learning:
         return Job(self.serving, lot, other, getattr(self.draft, "ids_D", None))
 
     def _update(self) -> None:
-        self._forced = False
+        self._forced, self._again = False, None
         lot = self.buffer.take(round(self.pace.update_size * self.pace.window))
         if not lot.train:
             return
@@ -233,6 +240,7 @@ class Learning:
             result = self.updater.run(self._job(lot))
         finally:
             self._last = time.monotonic()
+        self._lost = 0
         if result.error is not None:
             self._failed(CheckpointError(result.error))
             return

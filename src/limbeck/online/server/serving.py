@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,7 +84,8 @@ def serve(options: Options, say: Any = print) -> None:
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         with served.service:
             say(f"limbeck serves {served.name} at {where} (API under /v1, dashboard at /); draft: {described}")
-            uvicorn.Server(config).run(sockets=[listener])
+            with suppress(KeyboardInterrupt):  # uvicorn has ended in order by then
+                uvicorn.Server(config).run(sockets=[listener])
 
 
 def assemble(options: Options, keys: Keys | None) -> tuple[Served, str]:

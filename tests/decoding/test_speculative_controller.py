@@ -1,0 +1,157 @@
+"""The controller in a simulated world of known costs: as fast as the best fixed choice, and no harm where none pays."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from limbeck.decoding import Adaptive, Fixed, NgramDraft, Request, Sampling
+from limbeck.decoding.adaptive import VerifyCost
+from limbeck.decoding.controller import Controller, Drafted, Round
+from limbeck.decoding.live import Live
+
+
+def live(name: str = "a", route: str | None = None) -> Live:
+    return Live(Request(name, (5, 6, 7), Sampling(10_000), route=route), 10_003, 0)
+
+
+@dataclass
+class World:
+    """A target and a draft with costs in seconds. A token's confidence says its chance of standing, honestly or not."""
+
+    chances: tuple[float, ...]
+    plain: float = 0.12
+    per_token: float = 0.003
+    step: float = 0.012
+    overhead: float = 0.002
+    honest: bool = True
+    seed: int = 0
+    clock: float = 0.0
+    tokens: int = 0
+    drafted_rounds: int = 0
+    random: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def verify(self, width: int) -> float:
+        return self.plain + self.per_token * (width - 1)
+
+    def serve(self, controller: Controller, rounds: int, row: Live) -> None:
+        for width in (1, 2, 4, 8, 16):
+            controller.probed(width, self.verify(width))
+        for _ in range(rounds):
+            choice = controller.plan([row])[0]
+            confidence: list[float] = []
+            stands: list[bool] = []
+            while choice.draft is not None and len(confidence) < choice.gamma:
+                chance = self.random.choice(self.chances)
+                stands.append(self.random.random() < chance)
+                confidence.append(chance if self.honest else self.random.random())
+                if len(confidence) < choice.gamma and not controller.go_on(choice.draft, [row], [confidence]):
+                    break
+            kept = stands.index(False) if False in stands else len(stands)
+            width = len(confidence) + 1
+            drafting = self.step * len(confidence)
+            seconds = self.verify(width) + drafting + self.overhead
+            self.clock += seconds
+            self.tokens += kept + 1
+            self.drafted_rounds += bool(confidence)
+            judged = min(kept + 1, len(stands))
+            seen = [Drafted(row, choice.draft, confidence[:judged], stands[:judged])] if choice.draft else []
+            name = choice.draft or ""
+            controller.record(
+                Round(1, width, kept + 1, seconds, self.verify(width), {name: drafting} if name else {},
+                      {name: self.step} if name and len(confidence) > 1 else {}, seen)
+            )  # fmt: skip
+
+    @property
+    def speed(self) -> float:
+        return self.tokens / self.clock
+
+
+def best_fixed(world: dict[str, object], rounds: int = 3000) -> float:
+    speeds: list[float] = []
+    for gamma in range(13):
+        one = World(**world)  # type: ignore[arg-type]
+        one.serve(Fixed("draft", gamma), rounds, live())
+        speeds.append(one.speed)
+    return max(speeds)
+
+
+@pytest.mark.parametrize(
+    "world",
+    [
+        {"chances": (0.98, 0.98, 0.98, 0.5)},
+        {"chances": (0.9,), "step": 0.02},
+        {"chances": (0.95, 0.3), "per_token": 0.001},
+        {"chances": (0.8, 0.6), "honest": False},
+        {"chances": (0.99,), "step": 0.002},
+    ],
+)
+def test_it_is_as_fast_as_the_best_fixed_choice(world: dict[str, object]):
+    adaptive = World(**world)  # type: ignore[arg-type]
+    adaptive.serve(Adaptive("draft"), 3000, live())
+    assert adaptive.speed > 0.96 * best_fixed(world)
+
+
+def test_confidence_that_says_something_is_used():
+    world: dict[str, object] = {"chances": (0.99, 0.99, 0.99, 0.99, 0.2), "step": 0.02}
+    adaptive = World(**world)  # type: ignore[arg-type]
+    adaptive.serve(Adaptive("draft"), 3000, live())
+    assert adaptive.speed > 1.04 * best_fixed(world)
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.05])
+def test_hopeless_traffic_costs_less_than_five_percent(chance: float):
+    hopeless = World((chance,), step=0.03)
+    hopeless.serve(Adaptive("draft"), 2000, live())
+    plain = 1 / (hopeless.plain + hopeless.overhead)
+    assert hopeless.speed > 0.95 * plain
+
+
+def test_traffic_that_becomes_good_again_is_noticed():
+    controller, row = Adaptive("draft"), live()
+    world = World((0.02,), step=0.03)
+    world.serve(controller, 400, row)
+    world.chances, world.drafted_rounds = (0.95,), 0
+    world.serve(controller, 600, row)
+    assert world.drafted_rounds > 300
+
+
+def test_the_first_plan_of_an_unknown_draft_is_to_try_it():
+    choice = Adaptive("draft").plan([live()])[0]
+    assert choice.draft == "draft" and choice.gamma > 1
+
+
+def test_routes_choose_the_draft_and_none_is_no_draft():
+    controller = Adaptive(None)
+    rows = [live("a", "one"), live("b"), live("c", "two")]
+    assert [choice.draft for choice in controller.plan(rows)] == ["one", None, "two"]
+    assert [choice.draft for choice in Fixed("other", 2).plan(rows)] == ["one", "other", "two"]
+
+
+def test_a_long_match_is_taken_from_the_ngrams():
+    ngram = NgramDraft(size=3)
+    controller = Adaptive("draft", ngram=("ngram", ngram))
+    for width in (1, 2, 4, 8, 16):
+        controller.probed(width, 0.1 + 0.02 * width)
+    row = live()
+    row.tokens = [*range(3, 20), *range(3, 12)]
+    ngram.open(row)
+    assert controller.plan([row])[0].draft == "ngram"
+    # Matches that never stand are left alone after a while.
+    for _ in range(60):
+        controller.record(Round(1, 4, 1, 0.18, 0.18, {}, {}, [Drafted(row, "ngram", [9 / 11], [False])]))
+    assert controller.plan([row])[0].draft == "draft"
+
+
+def test_costs_between_known_sizes_are_on_a_line():
+    cost = VerifyCost()
+    assert cost(3) == 0
+    cost.add(2, 0.1)
+    assert cost(1) == cost(9) == 0.1
+    cost.add(10, 0.5)
+    assert cost(6) == pytest.approx(0.3) and cost(12) == pytest.approx(0.6) and cost(1) == 0.1
+    for _ in range(100):
+        cost.add(10, 0.9)
+    assert cost(10) == pytest.approx(0.9, abs=0.01)  # old readings are forgotten
