@@ -10,6 +10,7 @@ import transformers
 import typer
 from rich.console import Console
 
+from limbeck import ranks
 from limbeck.errors import LimbeckError, RecipeError
 
 app = typer.Typer(
@@ -63,7 +64,7 @@ def distill(
         return
     limit = pipeline.Limit.parse(budget=budget, steps=None, tokens=None) if budget else None
     run = pipeline.distill(loaded, resume=resume, limit=limit)
-    if pipeline.ranks.first():
+    if ranks.first():
         console.print(f"student  {run.student_path}\nreport   {run.report_path}")
 
 

@@ -14,10 +14,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from limbeck.cli import app
-from limbeck.data import read, render
+from limbeck.data import completion_text, read, render
 from limbeck.decoding import Sampling, generate
 from limbeck.errors import DataError, RecipeError
-from limbeck.evaluation import completion_text, evaluate, token_calibration
+from limbeck.evaluation import evaluate, token_calibration
 from limbeck.models import eos_tokens, load_model, load_tokenizer
 from limbeck.pipeline import evaluate_folder
 from limbeck.scoring import distinct_4, score
@@ -56,7 +56,7 @@ def test_seeds_of_ones_own_and_banned_n_grams(files: dict[str, str], folders: di
     for place, seed in enumerate((20, 10)):
         sampling = Sampling(max_tokens=24, stop_tokens=stops, seed=seed, no_repeat_ngram_size=2)
         written = generate(model, [example.prompt for example in examples], sampling)
-        texts = [completion_text(tokenizer, completion, stops) for completion in written]
+        texts = [completion_text(tokenizer, completion.tokens, stops) for completion in written]
         assert found.completions[place] == texts
         np.testing.assert_array_equal(
             found.values["rouge_l"][place], score("rouge_l", texts, [row["completion"] for row in STORIES])

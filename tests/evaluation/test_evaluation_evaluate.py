@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from limbeck.data import render
+from limbeck.data import completion_text, render
 from limbeck.data.embedded.problems import rows
 from limbeck.decoding import Completion, Sampling, generate
 from limbeck.errors import DataError, RecipeError, ScoreError
-from limbeck.evaluation import completion_text, evaluate, references_of
+from limbeck.evaluation import evaluate, references_of
 from limbeck.models import eos_tokens, load_model, load_tokenizer
 from limbeck.scoring.text import length, rouge_l
 from limbeck.types import Example
@@ -79,7 +79,7 @@ def test_each_number_stands_at_its_seed_and_prompt(tiny: Callable[..., Any], tok
     written = generate(model, [example.prompt for example in held], sampling)
     for prompt in range(5):
         for seed in range(3):
-            text = completion_text(tokenizer, written[prompt * 3 + seed], stops)
+            text = completion_text(tokenizer, written[prompt * 3 + seed].tokens, stops)
             assert found.values["length"][seed, prompt] == length(text, "")
     assert found.length_limit_share == sum(c.finish_reason == "length" for c in written) / 15
 
@@ -96,11 +96,11 @@ def test_a_model_in_training_is_evaluated_without_dropout(tiny: Callable[..., An
 def test_the_stop_token_is_not_text(tokenizer: Any) -> None:
     tokens = tokenizer("12 Answer", add_special_tokens=False)["input_ids"]
     # A stop token need not be special: here the last word ends the completion.
-    assert completion_text(tokenizer, Completion(tokens, [], "stop"), (tokens[-1],)) == "12"
-    assert completion_text(tokenizer, Completion(tokens, [], "length"), (tokenizer.eos_token_id,)) == "12 Answer"
+    assert completion_text(tokenizer, tokens, (tokens[-1],)) == "12"
+    assert completion_text(tokenizer, tokens, (tokenizer.eos_token_id,)) == "12 Answer"
     ended = Completion([*tokens, tokenizer.eos_token_id], [], "stop")
-    assert completion_text(tokenizer, ended, (tokenizer.eos_token_id,)) == "12 Answer"
-    assert completion_text(tokenizer, Completion([], [], "length"), (1,)) == ""
+    assert completion_text(tokenizer, ended.tokens, (tokenizer.eos_token_id,)) == "12 Answer"
+    assert completion_text(tokenizer, [], (1,)) == ""
 
 
 def test_references(tokenizer: Any) -> None:

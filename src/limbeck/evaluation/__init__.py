@@ -3,7 +3,7 @@ calibration, speed."""
 
 from limbeck.evaluation.at_k import final_answer, majority_at_k, pass_at_k
 from limbeck.evaluation.calibration import Calibration, calibration, label_calibration, token_calibration
-from limbeck.evaluation.evaluate import Scores, completion_text, evaluate, references_of
+from limbeck.evaluation.evaluate import Scores, evaluate, references_of
 from limbeck.evaluation.exposure import Exposure, exposure
 from limbeck.evaluation.held_out import held_out
 from limbeck.evaluation.speed import speed
@@ -16,7 +16,6 @@ __all__ = [
     "Interval",
     "Scores",
     "calibration",
-    "completion_text",
     "evaluate",
     "exposure",
     "final_answer",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from limbeck import data
+from limbeck.data import completion_text
 from limbeck.decoding import Completion, Sampling, generate
 from limbeck.errors import DataError, RecipeError
 from limbeck.scoring import CORPUS_SCORES, build_reward, check_reward, needs_reference, references_in, reward_name
@@ -82,7 +82,7 @@ def evaluate(
     if greedy:
         runs["_greedy"] = generate(model, prompts, replace(sampling, temperature=0.0), batch_size=batch_size)
 
-    texts = {suffix: [completion_text(tokenizer, c, stop_tokens) for c in run] for suffix, run in runs.items()}
+    texts = {suffix: [completion_text(tokenizer, c.tokens, stop_tokens) for c in run] for suffix, run in runs.items()}
     values: dict[str, np.ndarray] = {}
     for metric in metrics:
         for suffix, completions in texts.items():
@@ -139,11 +139,6 @@ def references_of(example: Example, tokenizer: Any) -> list[str]:
     raise DataError(
         f"row {example.index}: expected a reference (columns references, completion or answer), found a prompt alone"
     )
-
-
-def completion_text(tokenizer: Any, completion: Completion, stop_tokens: Sequence[int]) -> str:
-    """The text of a completion without the stop token that ended it and without special tokens."""
-    return data.completion_text(tokenizer, completion.tokens, stop_tokens)
 
 
 def _text(tokenizer: Any, tokens: Sequence[int]) -> str:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from limbeck import ranks
 from limbeck.errors import RecipeError, did_you_mean
 from limbeck.evaluation import mean_interval, paired_difference
 from limbeck.methods import METHODS
-from limbeck.pipeline import ranks
 from limbeck.pipeline.distilling import Run, distill, finished, start_stage, write_json
 from limbeck.pipeline.limit import Limit
 from limbeck.pipeline.table import print_comparison

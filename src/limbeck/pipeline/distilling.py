@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from limbeck import ranks
 from limbeck.errors import CheckpointError, RecipeError
 from limbeck.models import is_sharded, save_student
-from limbeck.pipeline import ranks
 from limbeck.pipeline.assess import Assessor
 from limbeck.pipeline.card import model_card
 from limbeck.pipeline.limit import Limit
