@@ -51,7 +51,7 @@ def dry_run(recipe: Recipe, console: Console) -> Parts:
     console.print(f"data        {parts.summary}; {len(parts.held_out)} held out")
     console.print(f"stop        {[parts.tokenizer.convert_ids_to_tokens(token) for token in parts.stop_tokens]}")
     for note in parts.notes:
-        console.print(f"precision   {note}")
+        console.print(f"note        {note}")
     for name, size in memory_forecast(parts).items():
         console.print(f"{name:<28}{size / 2**20:10.0f} MiB")
     console.print("\nexample 0, what is learnt between ⟦ ⟧:")

@@ -1,12 +1,15 @@
-"""Under torchrun every rank trains and evaluates, and one writes files."""
+"""The processes that torchrun has started: every one trains and evaluates, and one writes files."""
 
 from __future__ import annotations
 
 import os
+from typing import Any, TypeVar
 
 import torch
 
 from limbeck.errors import RecipeError
+
+Value = TypeVar("Value")
 
 
 def count() -> int:
@@ -25,6 +28,15 @@ def one_process(what: str) -> None:
         raise RecipeError(
             f"{what}: expected one process, found {count()} of torchrun: start `limbeck` by itself for it"
         )
+
+
+def from_all(value: Value) -> list[Value]:
+    """Every rank's `value`, in the order of ranks; on one process its own. Every rank has to call it."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)  # pyright: ignore[reportUnknownMemberType]
+    return found
 
 
 def wait() -> None:

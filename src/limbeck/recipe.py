@@ -269,8 +269,8 @@ class GKD(Recipe):
     """`offline: both`: of the sequences that the student does not write, half are the teacher's.
 
     With a `reward` the student maximises (1 - a) E[reward] - a E[divergence], a being `distill_weight` (.5 unless
-    given), over `samples` texts a prompt. `baseline`: what a reward is compared with; by default the prompt's other
-    samples, or the running mean where there is one sample.
+    given), over `samples` texts a prompt. `baseline`: what a reward is compared with; unless given, the prompt's other
+    samples, or where there is one sample the mean of all rewards so far.
     """
 
     method: Literal["gkd"] = "gkd"
@@ -295,10 +295,6 @@ class GKD(Recipe):
             raise ValueError(
                 "baseline: expected samples of 2 or more for leave_one_out, found 1: set samples=4, or "
                 "baseline=running_mean"
-            )
-        if self.baseline == "running_mean" and self.samples > 1:
-            raise ValueError(
-                f"baseline: expected leave_one_out for samples={self.samples}, found running_mean: leave it out"
             )
         if self.reward is not None:
             _unfiltered(self.sampling, "a reward's gradient")

@@ -42,7 +42,7 @@ def main() -> None:
         variances = [variance(minillm_gradients(share, **options)) for share in shares]
         print(
             f"| {name} | "
-            + " | ".join(f"{bias:.1e}" for bias in biases)
+            + " | ".join(f"{bias:.2f}" if bias > 1e-8 else "< 1e-8" for bias in biases)
             + " | "
             + " | ".join(f"{value:.2f}" for value in variances)
             + " |"

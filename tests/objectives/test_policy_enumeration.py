@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+import estimators
 import pytest
 import torch
 from toy_sequences import (
@@ -141,3 +143,9 @@ def test_alpha_one_is_gkd_exactly() -> None:
         torch.testing.assert_close(
             with_reward, STUDENT.gradient(loss(tokens, {}, (len(tokens), 1), plain)), rtol=0, atol=0
         )
+
+
+def test_the_page_of_biases_and_variances_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    estimators.main()
+    page = Path(__file__).parents[2] / "docs" / "estimators.md"
+    assert page.read_text() == capsys.readouterr().out

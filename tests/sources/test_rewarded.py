@@ -28,8 +28,9 @@ def rollout(text: str, index: int, writer: Any = "student") -> Rollout:
     return Rollout([*prompt, *completion], mask, len(prompt), writer, index=index)
 
 
-def rewarded(n: int) -> Rewarded:
-    return Rewarded(letters, lambda index: {"worth": index}, TOKENIZER, (STOP,), n)
+def rewarded(n: int, baseline: Any = None) -> Rewarded:
+    baseline = baseline or ("leave_one_out" if n > 1 else "running_mean")
+    return Rewarded(letters, lambda index: {"worth": index}, TOKENIZER, (STOP,), n, baseline)
 
 
 def test_samples_are_compared_with_the_others_of_their_prompt() -> None:
@@ -51,6 +52,13 @@ def test_one_sample_a_prompt_is_compared_with_all_before() -> None:
     advantages = [[r.columns["advantage"][0] for r in credit(step)] for step in rewards]
     assert advantages == [[3.0, 1.0], [2 - 4 / 2], [1 - 6 / 3]]
     assert credit.state == {"sum": 7.0, "count": 4.0}
+
+
+def test_several_samples_may_be_compared_with_all_before() -> None:
+    credit = rewarded(2, "running_mean")
+    first = credit([rollout("123", 1), rollout("4", 1)])
+    second = credit([rollout("56", 1), rollout("7", 1)])
+    assert [r.columns["advantage"][0] for r in first + second] == [3.0, 1.0, 0.0, -1.0]
 
 
 def test_what_the_student_did_not_write_earns_nothing() -> None:

@@ -15,7 +15,7 @@ from limbeck.errors import DataError, RecipeError, ScoreError
 from limbeck.models import load_tokenizer
 from limbeck.pipeline import distill
 from limbeck.training import build
-from limbeck.training.build import build_beside, build_source
+from limbeck.training.build import build_source
 from limbeck.training.order import EpochOrder
 from limbeck.training.trainer import Trainer
 from limbeck.types import Example
@@ -97,7 +97,7 @@ def test_the_term_on_plain_text_has_its_own_count(recipe: Any, tmp_path: Path) -
         )
         losses.append(metrics(distill(made, quiet=True, report=False).folder)[0]["loss"])
     parts = build(made)
-    beside = build_beside(made, parts)
+    beside = parts.beside
     assert beside is not None
     order = EpochOrder(len(parts.train), made.seed).rows(0, 4)
     blocks = beside.corpus.draw([parts.train[row] for row in order], made.seed, 0)
@@ -179,7 +179,6 @@ def test_refused_before_training(recipe: Any, method: str, changes: dict[str, An
         made = recipe(method, **changes)
         parts = build(made)
         build_source(made, parts)
-        build_beside(made, parts)
 
 
 def test_a_reward_that_fails_names_the_prompt(recipe: Any) -> None:

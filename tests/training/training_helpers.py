@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from limbeck.recipe import Recipe
 from limbeck.training import build
-from limbeck.training.build import build_beside, build_credit, build_objective, build_source
+from limbeck.training.build import build_credit, build_objective, build_source
 from limbeck.training.trainer import Trainer
 
 TINY = {
@@ -106,7 +106,7 @@ def gradients(
         source=build_source(made, parts),
         objective=build_objective(made, rewarded=parts.reward is not None),
         credit=build_credit(made, parts),
-        beside=build_beside(made, parts),
+        beside=parts.beside,
         samples=samples,
         teacher=parts.teacher,
         tokenizer=parts.tokenizer,

@@ -46,8 +46,6 @@ class MiniLLM:
     def __call__(self, rollouts: list[Rollout]) -> list[Rollout]:
         """The rollouts with their credit, and each one's `reward` the sum of its r_t, nats. TrainingError where a
         log-probability is not finite: the teacher rules out what it was to judge."""
-        if not rollouts:
-            return rollouts
         mask_BT, student_BT, teacher_BT = _padded(rollouts)
         mixed_BT = _mixed(student_BT, teacher_BT, self.teacher_mix)
         weights_BT = policy.importance_weights(student_BT, mixed_BT)
@@ -98,7 +96,7 @@ class MiniLLM:
 def _padded(rollouts: list[Rollout]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(mask, student's and teacher's log-probabilities) [B, T], float64, zero at padding."""
     lengths = [len(rollout.columns["student_logprobs"]) for rollout in rollouts]
-    student_BT = torch.zeros(len(rollouts), max(*lengths, 1), dtype=torch.float64)
+    student_BT = torch.zeros(len(rollouts), max([*lengths, 1]), dtype=torch.float64)
     teacher_BT = torch.zeros_like(student_BT)
     for row, (rollout, length) in enumerate(zip(rollouts, lengths, strict=True)):
         student_BT[row, :length] = torch.tensor(rollout.columns["student_logprobs"], dtype=torch.float64)

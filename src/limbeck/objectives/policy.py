@@ -10,6 +10,7 @@ import torch
 from limbeck.errors import PreflightError
 from limbeck.ops.chunked import Weight, linear_terms
 from limbeck.ops.policy import surrogate, surrogate_weight
+from limbeck.ops.tiles import at_least_float32
 from limbeck.types import Context, Head, Signal, Sparse, Terms
 
 GRADIENT_NORMS = "gradient_norms"
@@ -48,47 +49,48 @@ def policy(
             "policy gradient: expected a teacher's full distribution, found its top tokens alone; "
             "use a local teacher, or method kd or gkd without a reward"
         )
-    columns = context.columns
-    scale = context.tokens / max(context.sequences, 1) if per_sequence else 1.0
-    advantage_N = _column(columns.get("advantage"), tokens_N, 0.0) * (policy_weight * scale)
+    columns = {
+        name: values_N.to(at_least_float32(student_hidden_NH.dtype)) for name, values_N in context.columns.items()
+    }
+    factor = policy_weight * (context.tokens / max(context.sequences, 1) if per_sequence else 1.0)
+    credit_N = _column(columns.get("advantage"), tokens_N, 0.0)
     share_N = _column(columns.get("divergence_weight"), tokens_N, 1.0) * divergence_weight
-    behaviour_N = columns.get("behaviour_logprobs")
+    advantage_N, behaviour_N = factor * credit_N, columns.get("behaviour_logprobs")
 
-    def ratios(place: slice, student_logprob_n: torch.Tensor) -> torch.Tensor:
-        if behaviour_N is None:
-            return torch.ones_like(student_logprob_n)
+    def ratios(place: slice, student_logprob_n: torch.Tensor | None) -> torch.Tensor:
+        if behaviour_N is None or student_logprob_n is None:
+            return torch.ones_like(advantage_N[place])
         return (student_logprob_n - behaviour_N[place]).exp()
 
     def weights(place: slice, student_logprob_n: torch.Tensor | None, _: torch.Tensor | None) -> tuple[Weight, Weight]:
-        assert student_logprob_n is not None
-        ratio_n = ratios(place, student_logprob_n)
-        gain_n = surrogate_weight(ratio_n, advantage_N[place].to(ratio_n.dtype), clip).nan_to_num(0.0)
-        return share_N[place].to(ratio_n.dtype), gain_n + cross_entropy_weight
+        gain_n = surrogate_weight(ratios(place, student_logprob_n), advantage_N[place], clip)
+        return share_N[place], gain_n + cross_entropy_weight
 
     options: dict[str, Any] = {"divergence": name, "temperature": temperature, "weights": weights, **params}
-    asked = tuple(stat for stat in stats if stat != GRADIENT_NORMS)
-    terms = linear_terms(student_hidden_NH, head, signal, tokens_N, weights_see=("student",), stats=asked, **options)
+    options["weights_see"] = () if behaviour_N is None else ("student",)
+    options["stats"] = tuple(stat for stat in stats if stat != GRADIENT_NORMS)
+    terms = linear_terms(student_hidden_NH, head, signal, tokens_N, **options)
     assert terms.nll_N is not None
     nll_N = terms.nll_N.detach()
     ratio_N = ratios(slice(0, len(nll_N)), -nll_N)
-    advantage_N = advantage_N.to(ratio_N.dtype)
-    gain_N = surrogate(ratio_N, advantage_N, clip).nan_to_num(0.0)
-    weight_N = surrogate_weight(ratio_N, advantage_N, clip).nan_to_num(0.0)
-    more = {"policy_gradient": -gain_N, "advantage": advantage_N / (policy_weight * scale or 1.0)}
+    gain_N, weight_N = surrogate(ratio_N, advantage_N, clip), surrogate_weight(ratio_N, advantage_N, clip)
+    more = {"policy_gradient": -gain_N, "advantage": credit_N}
     if clip is not None:
         more |= {"importance": ratio_N, "clipped": ((weight_N == 0) & (advantage_N != 0)).to(ratio_N.dtype)}
     if GRADIENT_NORMS in stats and terms.loss_N.requires_grad:
-        more |= _gradient_norms(terms, student_hidden_NH, share_N.to(ratio_N.dtype), weight_N)
+        more |= _gradient_norms(terms, student_hidden_NH, share_N, weight_N)
     # The value is the loss's; its gradient is already that of the weighted terms.
     loss_N = terms.loss_N - (weight_N * nll_N + gain_N)
     return Terms(loss_N, terms.divergence_N, terms.nll_N, {**terms.stats, **more})
 
 
 def _column(values_N: torch.Tensor | None, tokens_N: torch.Tensor, default: float) -> torch.Tensor:
-    """The column, `default` where a rollout has none."""
-    if values_N is None:
-        return torch.full(tokens_N.shape, default, dtype=torch.float64, device=tokens_N.device)
-    return values_N.nan_to_num(default)
+    """The column; `default` where a rollout has none, or none has."""
+    return (
+        torch.full(tokens_N.shape, default, device=tokens_N.device)
+        if values_N is None
+        else values_N.nan_to_num(default)
+    )
 
 
 def _gradient_norms(

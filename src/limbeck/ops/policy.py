@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from limbeck import ranks
+
 
 def importance_weights(student_logprobs_BT: Tensor, behaviour_logprobs_BT: Tensor) -> Tensor:
     """w_t = q(y_t) / p~(y_t): the current step's alone, of low variance, biased (MiniLLM, arXiv 2306.08543, eq. 8)."""
@@ -47,14 +49,10 @@ def length_normalised(sums_BT: Tensor, terms_BT: Tensor) -> Tensor:
 
 def whitened(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Mean 0 and variance 1 over the real tokens of all ranks; zero at padding."""
-    real_N = values_BT[mask_BT]
-    sums = torch.stack([real_N.sum(), real_N.square().sum(), real_N.new_tensor(real_N.numel())])
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)  # pyright: ignore[reportUnknownMemberType]
-    total, squares, count = sums
-    mean = total / count.clamp(min=1)
-    variance = squares / count.clamp(min=1) - mean.square()
-    return (values_BT - mean) * (variance + 1e-8).rsqrt() * mask_BT
+    real_N = torch.cat(ranks.from_all(values_BT[mask_BT]))
+    if not len(real_N):
+        return values_BT
+    return (values_BT - real_N.mean()) * (real_N.var(correction=0) + 1e-8).rsqrt() * mask_BT
 
 
 def leave_one_out(rewards_GN: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from limbeck import ranks
 from limbeck.data import completion_text
 from limbeck.ops.policy import leave_one_out
 from limbeck.scoring import Reward
@@ -16,8 +17,9 @@ from limbeck.types import Rollout
 
 @dataclass
 class Rewarded:
-    """Every token of a completion gets its reward less a baseline: the mean of the other samples of its prompt, or with
-    one sample a prompt (n = 1) the mean of all rewards of the steps before, on all ranks (nothing at the first).
+    """Every token of a completion gets its reward less a baseline: `leave_one_out`, the mean of its prompt's other
+    samples (n of them stand together), or `running_mean`, that of all rewards of the steps before, on all ranks
+    (nothing at the first).
 
     `rows(index)` is the row of the data set that a rollout's prompt came from. ScoreError where the reward fails.
     """
@@ -27,6 +29,7 @@ class Rewarded:
     tokenizer: Any
     stop_tokens: Collection[int]
     n: int
+    baseline: Literal["leave_one_out", "running_mean"]
     state: dict[str, float] = field(default_factory=lambda: {"sum": 0.0, "count": 0.0})
 
     def __call__(self, rollouts: list[Rollout]) -> list[Rollout]:
@@ -52,15 +55,13 @@ class Rewarded:
         return self.reward(prompts, completions, [self.rows(rollout.index) for rollout in written])
 
     def _advantages(self, rewards: list[float]) -> list[float]:
-        if self.n > 1:
+        if self.baseline == "leave_one_out":
             rewards_GN = torch.tensor(rewards, dtype=torch.float64).reshape(-1, self.n)
             return leave_one_out(rewards_GN).flatten().tolist()
-        baseline = self.state["sum"] / max(self.state["count"], 1.0)
-        sums = torch.tensor([sum(rewards), float(len(rewards))], dtype=torch.float64)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
+        mean = self.state["sum"] / max(self.state["count"], 1.0)
+        everywhere = [reward for own in ranks.from_all(rewards) for reward in own]
         self.state = {
-            "sum": self.state["sum"] + float(sums[0]),
-            "count": self.state["count"] + float(sums[1]),
+            "sum": self.state["sum"] + sum(everywhere),
+            "count": self.state["count"] + len(everywhere),
         }
-        return [reward - baseline for reward in rewards]
+        return [reward - mean for reward in rewards]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from limbeck import ranks
 from limbeck.data import Summary, read, render
 from limbeck.data.corpus import Corpus
 from limbeck.data.embedded import TEACHER
@@ -63,6 +63,7 @@ class Parts:
     autocast: torch.dtype | None
     args: TrainingArguments
     reward: Reward | None = None
+    beside: Beside | None = None
     notes: list[str] = field(default_factory=list[str])
 
 
@@ -91,6 +92,7 @@ def build(recipe: Recipe, *, student: Any = None, teacher: Any = None, rows: Any
     else:
         check_head(student_model)
     autocast = _autocast(recipe.precision, args, student_model, notes)
+    _check_samples(recipe, args)
     train, held_out, summary = _data(recipe, tokenizer, student_model, rows)
     return Parts(
         student=student_model,
@@ -103,6 +105,7 @@ def build(recipe: Recipe, *, student: Any = None, teacher: Any = None, rows: Any
         autocast=autocast,
         args=args,
         reward=_reward(recipe, reward, train, args.device),
+        beside=_beside(recipe, tokenizer, notes),
         notes=notes,
     )
 
@@ -110,7 +113,6 @@ def build(recipe: Recipe, *, student: Any = None, teacher: Any = None, rows: Any
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """transformers' arguments from the recipe's `training`, with limbeck's defaults."""
     steps = recipe.evaluation.steps
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     settings: dict[str, Any] = {
         "logging_steps": 1,
         "report_to": "none",
@@ -118,7 +120,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         # Without it, transformers takes ranks on a machine without a GPU for processes that know nothing of each other.
-        **({"use_cpu": True} if several and not torch.cuda.is_available() else {}),
+        **({"use_cpu": True} if ranks.count() > 1 and not torch.cuda.is_available() else {}),
         **recipe.training,
         "output_dir": str(Path(recipe.output) / "checkpoints"),
         "seed": recipe.seed,
@@ -165,11 +167,6 @@ def build_source(recipe: Recipe, parts: Parts, upcoming: Callable[[int], list[Ex
         sampling, share = _sampling(recipe, parts), _own(recipe, "teacher_mix")
         return TokenMix(parts.student, parts.teacher, share, sampling, parts.tokenizer)
     int8, samples = _own(recipe, "int8_rollouts"), _own(recipe, "samples")
-    if parts.args.train_batch_size % samples:
-        raise RecipeError(
-            f"samples: expected a divisor of training.per_device_train_batch_size {parts.args.train_batch_size}, which "
-            f"counts sequences, found {samples}: a prompt's samples stay together"
-        )
     writer = Student(parts.student, _sampling(recipe, parts), parts.tokenizer, int8, samples)
     offline: Source = as_it_is
     if _own(recipe, "offline") != "dataset":
@@ -211,10 +208,22 @@ def build_credit(recipe: Recipe, parts: Parts) -> Credit | None:
     def row_of(index: int) -> dict[str, Any]:
         return parts.train[index].row
 
-    return Rewarded(parts.reward, row_of, parts.tokenizer, parts.stop_tokens, _own(recipe, "samples"))
+    samples = _own(recipe, "samples")
+    baseline = _own(recipe, "baseline") or ("leave_one_out" if samples > 1 else "running_mean")
+    return Rewarded(parts.reward, row_of, parts.tokenizer, parts.stop_tokens, samples, baseline)
 
 
-def build_beside(recipe: Recipe, parts: Parts) -> Beside | None:
+def _check_samples(recipe: Recipe, args: TrainingArguments) -> None:
+    """A prompt's samples stay together, in one batch of one rank."""
+    samples = getattr(recipe, "samples", 1)
+    if args.train_batch_size % samples:
+        raise RecipeError(
+            f"samples: expected a divisor of training.per_device_train_batch_size {args.train_batch_size}, which "
+            f"counts sequences, found {samples}: a prompt's samples stay together"
+        )
+
+
+def _beside(recipe: Recipe, tokenizer: Any, notes: list[str]) -> Beside | None:
     """MiniLLM's language-modelling term. RecipeError where it has a weight and no text."""
     if recipe.method != "minillm" or _own(recipe, "corpus_weight") == 0:
         return None
@@ -224,7 +233,10 @@ def build_beside(recipe: Recipe, parts: Parts) -> Beside | None:
             "corpus_weight=0"
         )
     share = _own(recipe, "teacher_share")
-    corpus = Corpus(recipe.data.corpus, parts.tokenizer, recipe.data.corpus_tokens)
+    corpus = Corpus(recipe.data.corpus, tokenizer, recipe.data.corpus_tokens)
+    notes.append(
+        f"plain text: {len(corpus.blocks)} blocks of {recipe.data.corpus_tokens} tokens, {corpus.left_out} left over"
+    )
     objective = partial(OBJECTIVES["language_modelling"], teacher_share=share)
     return Beside(corpus, objective, _own(recipe, "corpus_weight"), needs_teacher=share > 0)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from limbeck import ranks
+
 
 class Meter:
     """Sums and counts by name: what is added on one rank alone still belongs to all."""
@@ -26,10 +28,7 @@ class Meter:
         """(sum, count) by name over all ranks; begins anew."""
         here = {name: (float(total), count) for name, (total, count) in self._sums.items()}
         self._sums.clear()
-        parts: list[Any] = [here]
-        if torch.distributed.is_initialized():
-            parts = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, here)
+        parts = ranks.from_all(here)
         names = sorted({name for part in parts for name in part})
         entries = {name: [part[name] for part in parts if name in part] for name in names}
         return {name: (sum(t for t, _ in found), sum(c for _, c in found)) for name, found in entries.items()}

@@ -42,8 +42,12 @@ class EpochOrder(Sampler[int]):
         self.epoch = 0
 
     def __len__(self) -> int:
-        filled = self.size + (-self.size % self.batch if self.passes > 1 else 0)
-        return filled * self.copies * self.passes
+        return self._filled * self.copies * self.passes
+
+    @property
+    def _filled(self) -> int:
+        """Rows of an epoch without copies and passes."""
+        return self.size + (-self.size % self.batch if self.passes > 1 else 0)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.drawn(self.epoch))
@@ -72,9 +76,7 @@ class EpochOrder(Sampler[int]):
 
     def drawn(self, epoch: int) -> list[int]:
         """The rows of an epoch with their copies, its optimiser batches with their passes."""
-        order = self.permutation(epoch)
-        if self.passes > 1:
-            order = list(islice(cycle(order), self.size + -self.size % self.batch))
+        order = list(islice(cycle(self.permutation(epoch)), self._filled))
         batches = [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
         return [row for batch in batches for _ in range(self.passes) for row in batch for _ in range(self.copies)]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from limbeck.methods import METHODS
 from limbeck.recipe import Recipe
-from limbeck.training.build import Parts, build_beside, build_credit, build_objective, build_source
+from limbeck.training.build import Parts, build_credit, build_objective, build_source
 from limbeck.training.callbacks import Bar, Budget, RunLog
 from limbeck.training.trainer import Trainer
 
@@ -36,7 +36,7 @@ def train(
         source=source,
         objective=build_objective(recipe, rewarded=parts.reward is not None),
         credit=build_credit(recipe, parts),
-        beside=build_beside(recipe, parts),
+        beside=parts.beside,
         samples=getattr(recipe, "samples", 1),
         inner_epochs=getattr(recipe, "inner_epochs", 1),
         teacher=parts.teacher if METHODS[recipe.method].signal != "none" else None,

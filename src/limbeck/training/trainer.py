@@ -156,7 +156,7 @@ class Trainer(transformers.Trainer):
             if batch is not None:
                 batches.append(batch)
         examples = [example for batch in batches for example in batch]
-        if self.state.global_step % self.inner_epochs == 0 or not self.rollouts:
+        if self.state.global_step % self.inner_epochs == 0:
             self._signals.clear()
             with self._clock("rollout"):
                 self.rollouts = self.source(examples, self.state.global_step)
