@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import transformers
 import typer
@@ -171,6 +171,10 @@ def serve(
     layers: Annotated[
         str | None, typer.Option(help="comma-separated, for layers: 0,2,5; by default every other")
     ] = None,
+    weights: Annotated[str, typer.Option(help="of the draft's model: own, or int8 (on a CPU)")] = "own",
+    positions: Annotated[
+        str, typer.Option(help="all verified ones are trained on, or those where a drafted token was rejected")
+    ] = "all",
     host: Annotated[str, typer.Option(help="others than this machine are served with keys alone")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help="a key a line")] = None,
@@ -199,6 +203,8 @@ def serve(
         draft,
         draft_kind,
         layers=_numbers(layers),
+        weights=weights,
+        positions=_one_of("--positions", positions, ("all", "rejected")),
         host=host,
         port=port,
         api_key_file=api_key_file,
@@ -213,6 +219,12 @@ def serve(
     run(options, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
 
 
+def _one_of(option: str, value: str, allowed: tuple[Any, ...]) -> Any:
+    if value not in allowed:
+        raise RecipeError(f"{option}: expected {' or '.join(allowed)}, found {value!r}")
+    return value
+
+
 def _numbers(text: str | None) -> list[int] | None:
     if text is None:
         return None
@@ -220,6 +232,52 @@ def _numbers(text: str | None) -> list[int] | None:
     if not all(part.isdecimal() for part in parts):
         raise RecipeError(f"--layers: expected numbers such as 0,2,5, found {text!r}")
     return [int(part) for part in parts]
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="osd-acceptance, osd-shift, osd-speedup or osd-ablation")],
+    target: Annotated[str, typer.Option(help="the model that answers: a folder, a .gguf file or a hub id")],
+    domain: Annotated[
+        list[str], typer.Option(help="NAME=FILE or NAME=FILE:prompt=COLUMN,completion=COLUMN; once for each domain")
+    ],
+    draft: Annotated[str | None, typer.Option(help="a model of the same vocabulary; none: cut from target")] = None,
+    layers: Annotated[str | None, typer.Option(help="comma-separated, those of the draft that are kept")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="of each domain, or stage")] = 400,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 96,
+    temperature: Annotated[float, typer.Option(min=0.0, help="that the target answers with; 0: greedy")] = 1.0,
+    seeds: Annotated[int, typer.Option(min=1, help="orders of the stream")] = 3,
+    update_size: Annotated[int, typer.Option(min=1, help="new positions that an update waits for")] = 4096,
+    learning_rate: Annotated[float, typer.Option(help="of the draft's optimiser")] = 1e-3,
+    gamma: Annotated[int, typer.Option(min=1, help="drafted tokens a round, where it is fixed")] = 4,
+    head_rows: Annotated[int, typer.Option(min=0, help="osd-speedup: rows of the draft's head; 0: all")] = 0,
+    weights: Annotated[str, typer.Option(help="osd-speedup: the draft's weights, own or int8")] = "own",
+    out: Annotated[Path, typer.Option(help="the folder for NAME.md, NAME.csv and NAME.png")] = Path("docs/studies"),
+    work: Annotated[Path, typer.Option(help="recorded answers and finished cells")] = Path("runs/studies"),
+) -> None:
+    """Online speculative decoding's claims, measured: cells that are done are not run again."""
+    from limbeck.studies import Domain, Setting
+    from limbeck.studies import study as run
+
+    setting = Setting(
+        target,
+        [Domain.parse(text) for text in domain],
+        draft,
+        _numbers(layers),
+        requests=requests,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seeds=seeds,
+        update_size=update_size,
+        learning_rate=learning_rate,
+        gamma=gamma,
+        head_rows=head_rows,
+        weights=weights,
+        out=out,
+        work=work,
+    )
+    page = run(name, setting, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+    console.print(f"page     {page}")
 
 
 @app.command()

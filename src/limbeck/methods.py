@@ -59,4 +59,12 @@ METHODS: dict[str, Method] = {
         paper="Agarwal et al. 2024, arXiv 2306.13649",
         when="the student must recover from its own mistakes; start from one that is mostly right",
     ),
+    "draft": Method(
+        label="Draft",
+        source="teacher",
+        signal="distribution",
+        objective="divergence",
+        paper="Zhou et al. 2024, arXiv 2310.08461",
+        when="before `limbeck serve`: a draft of the teacher that is quick from the first request on",
+    ),
 }

@@ -122,10 +122,10 @@ class Divergence(Strict):
 
 
 class Evaluation(Strict):
-    """`steps`: evaluate every so many optimiser steps (0: at the end alone). `best`: the held-out number that picks the
-    checkpoint (`loss`, `forward_kl`, or a metric); with `steps: 0` the last weights are kept."""
+    """`steps`: evaluate every so many optimiser steps (0: at the end, with the last weights). `best`: the held-out
+    number that picks the checkpoint (`loss`, `forward_kl`, a metric). `metrics`: names, or tables as for `reward`."""
 
-    metrics: list[str] = []
+    metrics: list[str | dict[str, Any]] = []
     steps: int = Field(default=0, ge=0)
     prompts: int = Field(default=200, ge=0)
     seeds: int = Field(default=3, ge=1)
@@ -265,6 +265,12 @@ class KD(Recipe):
     cross_entropy_weight: float = Field(default=0.0, ge=0)
 
 
+class Draft(KD):
+    """A draft for speculative decoding of `teacher`: KD on the teacher's own answers, drawn as it will serve them."""
+
+    method: Literal["draft"] = "draft"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
 class GKD(Recipe):
     """`offline: both`: of the sequences that the student does not write, half are the teacher's.
 
@@ -361,7 +367,14 @@ def _unfiltered(sampling: Sampling, what: str) -> None:
         )
 
 
-RECIPES: dict[str, type[Recipe]] = {"sft": SFT, "seqkd": SeqKD, "kd": KD, "minillm": MiniLLM, "gkd": GKD}
+RECIPES: dict[str, type[Recipe]] = {
+    "sft": SFT,
+    "seqkd": SeqKD,
+    "kd": KD,
+    "minillm": MiniLLM,
+    "gkd": GKD,
+    "draft": Draft,
+}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

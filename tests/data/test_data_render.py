@@ -260,6 +260,9 @@ def test_split_texts_go_on_in_further_examples(tiny: PreTrainedTokenizerFast) ->
     assert sum(sum(example.mask[1:]) for example in found) == sum(whole.mask[1:]) + sum(short.mask[1:])
     assert [example.index for example in found] == list(range(len(found))) and summary.shortened == 0
     assert found[1].row == rows[0] and found[1].prompt_tokens == 1
+    # The first text is long enough for a prompt of 3 tokens, though its last part is not; the second is too short.
+    prompted, summary = render(rows, tiny, max_length=4, split=True, prompt_tokens=3)
+    assert [example.prompt_tokens for example in prompted] == [3, 3, 1, 2] and summary.short_prompts == 1
     with pytest.raises(DataError, match="data.split: expected rows of text"):
         render([{"prompt": "a", "completion": "b"}], tiny, max_length=4, split=True)
 

@@ -45,7 +45,6 @@ def half(model: Any) -> Tensor:
 DRAFTS: dict[str, Callable[[Any], Draft]] = {
     "layers": lambda model: layers_draft(model, [0]),
     "layers int8": lambda model: layers_draft(model, [0], weights="int8"),
-    "layers int4": lambda model: layers_draft(model, [0], weights="int4"),
     "layers of some tokens": lambda model: layers_draft(model, [0], ids_D=half(model)),
     "feature": feature,
     "feature of some tokens": lambda model: feature(model, weights="int8", ids_D=half(model)),

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from decoding_helpers import llama
-from torch import nn
 
-from limbeck.decoding import Sampling, generate, int8, int8_weights
+from limbeck.decoding import Sampling, generate, int8_weights
+from limbeck.decoding.packed import FEW_ROWS, quantised
 
 
 def test_weights_are_off_by_half_a_scale_at_most() -> None:
     weight = torch.randn(7, 32) * torch.logspace(-3, 3, 7)[:, None]
     weight[3] = 0.0
-    rounded, scale = int8.quantised(weight)
+    rounded, scale = quantised(weight)
     assert rounded.dtype == torch.int8 and scale.dtype == torch.bfloat16
     error = (rounded.float() * scale.float()[:, None] - weight).abs()
     # The largest entry may be clamped where bf16 has rounded the scale down: by 127 / 256 of a scale at most.
@@ -24,20 +24,13 @@ def test_weights_are_off_by_half_a_scale_at_most() -> None:
 def test_few_rows_use_int8_and_many_their_own_weights() -> None:
     model = llama(hidden_size=64, intermediate_size=96)
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
-    few, many = torch.randn(1, int8.MOST_ROWS, 64), torch.randn(1, int8.MOST_ROWS + 1, 64)
+    few, many = torch.randn(1, FEW_ROWS["int8"], 64), torch.randn(1, FEW_ROWS["int8"] + 1, 64)
     own = layer(few), layer(many)
     with int8_weights(model):
         assert torch.equal(layer(many), own[1])
         error = (layer(few) - own[0]).norm() / own[0].norm()
         assert 1e-4 < error < 0.02
     assert torch.equal(layer(few), own[0]) and "forward" not in layer.__dict__
-
-
-def test_a_bias_is_added() -> None:
-    layer = nn.Linear(32, 8)
-    with torch.no_grad():
-        layer.bias.fill_(100.0)
-    assert (int8._Int8(layer)(torch.randn(2, 32)) - 100).abs().max() < 5  # pyright: ignore[reportPrivateUsage]
 
 
 def test_completions_are_nearly_the_models_own_and_the_weights_its_own_again() -> None:

@@ -130,6 +130,108 @@ def test_routes_choose_the_draft_and_none_is_no_draft():
     assert [choice.draft for choice in Fixed("other", 2).plan(rows)] == ["one", "other", "two"]
 
 
+def serve_rows(
+    controller: Controller, chances: dict[Live, float], rounds: int, step: float = 0.012, per_token: float = 0.003
+) -> tuple[float, list[list[str | None]]]:
+    """(tokens a second, each round's drafts by row) of rows whose drafted tokens stand with these chances."""
+    draw, rows, planned = random.Random(1), list(chances), list[list[str | None]]()
+    clock = tokens = 0.0
+    for _ in range(rounds):
+        choices = controller.plan(rows)
+        planned.append([choice.draft for choice in choices])
+        blocks: list[list[float]] = [[] for _ in rows]
+        drafting: dict[str, float] = {}
+        for name in {choice.draft for choice in choices if choice.draft is not None}:
+            places = [place for place, choice in enumerate(choices) if choice.draft == name]
+            while True:
+                for place in places:
+                    blocks[place].append(0.9)
+                drafting[name] = drafting.get(name, 0.0) + step
+                confidence = [blocks[place] for place in places]
+                if len(confidence[0]) == choices[places[0]].gamma:
+                    break
+                if not controller.go_on(name, [rows[place] for place in places], confidence):
+                    break
+        seen: list[Drafted] = []
+        for row, choice, block in zip(rows, choices, blocks, strict=True):
+            stands = [draw.random() < chances[row] for _ in block]
+            kept = stands.index(False) if False in stands else len(stands)
+            tokens += kept + 1
+            if choice.draft is not None:
+                judged = min(kept + 1, len(block))
+                seen.append(Drafted(row, choice.draft, block[:judged], stands[:judged]))
+        width = max(map(len, blocks)) + 1
+        verify = 0.12 + per_token * (len(rows) * width - 1)
+        seconds = verify + sum(drafting.values())
+        emitted = len(rows) + sum(sum(drafted.kept) for drafted in seen)
+        clock += seconds
+        controller.record(
+            Round(len(rows), width, emitted, seconds, verify, drafting, dict.fromkeys(drafting, step), seen)
+        )
+    return tokens / clock, planned
+
+
+def probed(controller: Adaptive, per_token: float = 0.003) -> Adaptive:
+    for width in (1, 2, 4, 8, 16, 64):
+        controller.probed(width, 0.12 + per_token * (width - 1))
+    return controller
+
+
+def test_a_hopeless_route_beside_a_good_one_is_tried_now_and_then():
+    rows = {live("a", "good"): 0.95, live("b", "bad"): 0.0}
+    _, planned = serve_rows(probed(Adaptive(None)), rows, 1000)
+    assert sum(names[0] == "good" for names in planned) > 950
+    assert 10 < sum(names[1] == "bad" for names in planned) < 60
+
+
+def test_what_many_rows_reached_is_not_asked_of_one():
+    """Sixteen rows without a draft give many tokens a second; one alone with a good draft gives fewer, and drafts."""
+    controller = probed(Adaptive("draft"))
+    serve_rows(controller, {live(str(index)): 0.2 for index in range(16)}, 200)
+    controller.records.clear()
+    alone = {live("alone"): 0.9}
+    speed, _ = serve_rows(controller, alone, 40)
+    fresh, _ = serve_rows(probed(Adaptive("draft")), alone, 40)
+    assert speed > 0.9 * fresh > 2 / 0.13
+
+
+def test_a_token_is_priced_for_all_rows_of_the_pass():
+    """One of sixteen rows has a draft: its tokens widen the pass for all, and so do not pay; alone they do."""
+    rows = {live(str(index), "draft" if index == 0 else None): 0.9 for index in range(16)}
+    _, planned = serve_rows(probed(Adaptive(None)), rows, 200, step=0.001)
+    assert sum(names[0] == "draft" for names in planned) < 20
+    _, planned = serve_rows(probed(Adaptive(None)), dict([next(iter(rows.items()))]), 200, step=0.001)
+    assert sum(names[0] == "draft" for names in planned) > 180
+
+
+def test_it_learns_at_which_place_of_a_block_tokens_fall():
+    """The first two stand, later ones never, whatever the draft says of them."""
+    controller, row = probed(Adaptive("draft")), live()
+    for _ in range(300):
+        kept, confidence = 0, [0.9]
+        assert controller.plan([row])[0].draft == "draft"
+        while len(confidence) < 12 and controller.go_on("draft", [row], [confidence]):
+            confidence.append(0.9)
+        kept = min(2, len(confidence))
+        stands = [place < 2 for place in range(min(kept + 1, len(confidence)))]
+        seconds = 0.12 + 0.003 * len(confidence)
+        seen = [Drafted(row, "draft", confidence[: len(stands)], stands)]
+        drafting = 0.02 * len(confidence)
+        controller.record(
+            Round(
+                1,
+                len(confidence) + 1,
+                kept + 1,
+                seconds + drafting,
+                seconds,
+                {"draft": drafting},
+                {"draft": 0.02},
+                seen,
+            )
+        )
+    assert len(confidence) == 2
+
+
 def test_a_long_match_is_taken_from_the_ngrams():
     ngram = NgramDraft(size=3)
     controller = Adaptive("draft", ngram=("ngram", ngram))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,9 @@ from speculative_helpers import copy_of, feature, full_logits, requests_of, serv
 from test_decoding_families import tiny
 from torch import Tensor
 
-from limbeck.decoding import Draft, Engine, Fixed, NgramDraft, Sampling, layers_draft, speculate
+from limbeck.decoding import Draft, Engine, Fixed, NgramDraft, Request, Sampling, layers_draft, speculate
+from limbeck.decoding.drafts import GoOn, Proposal
+from limbeck.decoding.live import Live
 from limbeck.decoding.sampler import History, served_logits
 
 SIZE = 7  # of the vocabulary: all continuations of 4 tokens can be enumerated
@@ -124,6 +126,58 @@ def test_the_count_finds_a_wrong_residual(monkeypatch: pytest.MonkeyPatch, wrong
     assert pvalue(drawn, exact(model, SAMPLINGS["plain"])) < 1e-9
 
 
+class Sure(Fixed):
+    """Drafts on while the draft is sure of its last tokens."""
+
+    def go_on(self, draft: str, rows: Sequence[Live], confidence: Sequence[Sequence[float]]) -> bool:
+        return min(values[-1] for values in confidence) > 0.2
+
+
+class Withheld:
+    """A draft that takes back a token of which it is not sure, once it has seen which one it is."""
+
+    def __init__(self, draft: Draft) -> None:
+        self.draft = draft
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.draft, name)
+
+    def propose(self, rows: Sequence[Live], most: Sequence[int], go_on: GoOn) -> Proposal:
+        proposal = self.draft.propose(rows, most, go_on)
+        for tokens, confidence in zip(proposal.tokens, proposal.confidence, strict=True):
+            if confidence and confidence[-1] <= 0.3:
+                tokens.pop()
+        return proposal
+
+
+def drawn_while_sure(model: Any, draft: Any) -> list[tuple[int, ...]]:
+    engine = Engine(model, None, {"draft": draft}, Sure("draft", 3), max_batch=4)
+    requests = [Request(str(sample), tuple(PROMPT), SAMPLINGS["plain"], (), sample) for sample in range(SAMPLES // 2)]
+    return [tuple(event.tokens) for event in serve(engine, requests)]
+
+
+def test_drafting_on_may_depend_on_confidence_but_no_token_is_taken_back():
+    model = small()
+    expected = exact(model, SAMPLINGS["plain"])
+    assert pvalue(drawn_while_sure(model, copy_of(model, 0.1)), expected) > 1e-3
+    assert pvalue(drawn_while_sure(model, Withheld(copy_of(model, 0.1))), expected) < 1e-9
+
+
+def test_a_swap_in_the_middle_changes_no_distribution():
+    model = small()
+    draft = copy_of(model, 0.1)
+    first = {name: weight.clone() for name, weight in draft.reader.model.named_parameters()}
+
+    def swap(steps: int) -> None:
+        torch.manual_seed(steps)
+        draft.prepare({name: weight + 0.1 * torch.randn_like(weight) for name, weight in first.items()}, steps)()
+
+    engine = Engine(model, None, {"draft": draft}, Fixed("draft", 2), max_batch=250)
+    requests = [Request(str(sample), tuple(PROMPT), SAMPLINGS["plain"], (), sample) for sample in range(SAMPLES)]
+    drawn = [tuple(event.tokens) for event in serve(engine, requests, after=swap)]
+    assert draft.version > 20 and pvalue(drawn, exact(model, SAMPLINGS["plain"])) > 1e-3
+
+
 @pytest.mark.parametrize("family", ["gemma3", "gpt2", "qwen2", "llama"])
 def test_measured_acceptance_is_the_overlap(family: str):
     """Accepted tokens minus the sum of sum_v min(p, q) over the positions judged is a martingale."""
@@ -167,7 +221,7 @@ def test_disjoint_supports_accept_nothing():
         assert counters.alpha_sum == 0 and all(token % 2 == 0 for token in event.tokens)
 
 
-def test_every_pair_of_tokens_is_drawn_as_often_as_it_should(monkeypatch: pytest.MonkeyPatch):
+def test_every_pair_of_tokens_is_drawn_as_often_as_it_should():
     """One random number for two purposes would leave each token right and pairs of them wrong."""
     model = small()
     drawn = drawn_by(model, copy_of(model, 0.3), Sampling(2, temperature=1.5, seed=11), gamma=1)

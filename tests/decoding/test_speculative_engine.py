@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from limbeck.decoding import (
     layers_draft,
     speculate,
 )
-from limbeck.errors import PreflightError, RolloutError
+from limbeck.errors import ModelError, PreflightError, RolloutError
 from limbeck.models import set_vocabulary
 
 PROMPTS = prompts_of(9)
@@ -144,7 +145,7 @@ def test_a_swap_in_the_middle_changes_no_greedy_token(model: LlamaForCausalLM, k
     assert [event.tokens for event in found] == [c.tokens for c in generate(model, PROMPTS, sampling)]
 
 
-@pytest.mark.parametrize("kind", ["layers", "layers int4", "feature"])
+@pytest.mark.parametrize("kind", ["layers", "layers int8", "feature"])
 def test_after_a_swap_the_draft_is_what_it_would_have_been(model: LlamaForCausalLM, kind: str):
     """With whatever it has packed: served from the start, the new weights draft the same."""
     old, new = DRAFTS[kind](model), DRAFTS[kind](target(scale=0.3))
@@ -165,9 +166,9 @@ def test_after_a_swap_the_draft_is_what_it_would_have_been(model: LlamaForCausal
 
 def test_weights_that_do_not_fit_are_refused(model: LlamaForCausalLM):
     draft = layers_draft(model, [0])
-    with pytest.raises(Exception, match="expected model.nothing no such weight"):
+    with pytest.raises(ModelError, match="expected model.nothing no such weight"):
         draft.prepare({"model.nothing": torch.zeros(2)}, 1)
-    with pytest.raises(Exception, match="expected model.norm.weight"):
+    with pytest.raises(ModelError, match="expected model.norm.weight"):
         draft.prepare({"model.norm.weight": torch.zeros(2)}, 1)
     assert draft.version == 0
 
@@ -210,7 +211,7 @@ def test_requests_that_cannot_be_served_are_refused(model: LlamaForCausalLM):
         (replace(good, tokens=(5,) * 64), "context's 64, found 64"),
         (replace(good, tokens=(5, VOCABULARY)), f"found {VOCABULARY}"),
         (replace(good, tokens=(5, -1)), "found -1"),
-        (replace(good, sampling=Sampling(4, stop_tokens=(99,))), "found 99"),
+        (replace(good, sampling=Sampling(4, stop_tokens=(99,))), r"found \[99\]"),
         (replace(good, sampling=Sampling(4, n=2)), "n = 1"),
         (replace(good, sampling=Sampling(0)), "max_tokens of at least 1"),
         (replace(good, sampling=Sampling(4, stop_strings=("a",))), "tokenizer"),
@@ -242,17 +243,16 @@ def test_requests_are_cancelled_wherever_they_are(model: LlamaForCausalLM):
     engine.cancel("0")  # being served, in the first slot
     engine.cancel("2")  # waiting
     engine.cancel("nobody")
-    ended = {event.id: event for event in engine.step() if event.finish_reason}
-    assert ended["0"].finish_reason == ended["2"].finish_reason == "cancelled"
-    assert ended["2"].counters is None and ended["0"].counters is not None
-    rest: dict[str, list[int]] = {}
     while engine.busy:
-        for event in engine.step():
-            rest.setdefault(event.id, []).extend(event.tokens)
-    expected = generate(model, PROMPTS[:4], sampling)
+        events += engine.step()
+    written = {name: sum((event.tokens for event in events if event.id == name), []) for name in "0123"}
+    ended = {event.id: event for event in events if event.finish_reason}
+    assert len(ended) == 4 and ended["0"].finish_reason == ended["2"].finish_reason == "cancelled"
+    assert ended["2"].counters is None and ended["0"].counters is not None
+    expected = [completion.tokens for completion in generate(model, PROMPTS[:4], sampling)]
     # The row that took the freed slot and the one that came in are whole.
-    assert rest["3"] == expected[3].tokens[-len(rest["3"]) :] and set(rest) == {"1", "3"}
-    assert rest["1"] == expected[1].tokens[-len(rest["1"]) :]
+    assert [written["1"], written["3"]] == [expected[1], expected[3]]
+    assert written["2"] == [] and written["0"] == expected[0][: len(written["0"])] != []
 
 
 def test_requests_may_be_added_and_cancelled_from_other_threads(model: LlamaForCausalLM):
@@ -290,7 +290,9 @@ def test_counters_add_up(model: LlamaForCausalLM):
         model, None, {"layers": layers_draft(model, [0])}, Fixed("layers", 3), max_batch=4,
         observer=lambda seen: passes.append(len(seen.rows)),
     )  # fmt: skip
+    start = perf_counter()
     events = serve(engine, requests_of(PROMPTS, Sampling(17, seed=1, stop_tokens=(STOP,))))
+    passed = perf_counter() - start
     assert engine.target_passes == len(passes)  # what is observed costs no pass
     for event in events:
         counters = event.counters
@@ -300,8 +302,8 @@ def test_counters_add_up(model: LlamaForCausalLM):
         assert len(event.tokens) in (counters.accepted + counters.rounds, counters.accepted + counters.rounds - 1)
         assert 0 <= counters.alpha_sum <= counters.verified
     assert sum(passes) == sum(event.counters.rounds for event in events if event.counters)
-    seconds = engine.seconds
-    assert min(seconds.prefill, seconds.draft, seconds.verify, seconds.overhead) > 0
+    parts = vars(engine.seconds).values()
+    assert min(parts) > 0 and 0.8 * passed < sum(parts) <= passed  # the rest is the loop's, outside `step`
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
@@ -330,25 +332,6 @@ def test_a_draft_that_gives_nan_is_benched_until_it_gets_new_weights(model: Llam
     assert last is not None and last.drafted > 0  # it drafts again
 
 
-def test_a_request_that_the_target_cannot_serve_ends_alone(model: LlamaForCausalLM):
-    """NaN in one request touches no neighbour, nor whoever takes its slot, nor one whose draft proposes the token."""
-    broken: Any = target()
-    prompts = [[5, 6, 7], [8, 9], [4], [3, 4, 5]]
-    sampling = Sampling(12, temperature=0)
-    written = {token for completion in generate(broken, prompts, sampling) for token in completion.tokens}
-    bad = next(token for token in range(VOCABULARY) if token not in written and token not in sum(prompts, []))
-    prompts = [prompts[0], [5, bad], prompts[1], [bad], *prompts[2:]]
-    engine = Engine(broken, None, {"layers": layers_draft(model, [0])}, Fixed("layers", 3), max_batch=2)
-    with torch.no_grad():
-        broken.model.embed_tokens.weight[bad] = torch.nan
-    events = serve(engine, requests_of(prompts, sampling))
-    for event, prompt in zip(events, prompts, strict=True):
-        if bad in prompt:
-            assert event.finish_reason == "error" and event.error and "NaN" in event.error and event.tokens == []
-        else:
-            assert event.tokens == generate(broken, [prompt], sampling)[0].tokens and event.error is None
-
-
 def test_nan_is_said(model: LlamaForCausalLM):
     broken: Any = target()
     with torch.no_grad():
@@ -366,19 +349,33 @@ def test_a_request_with_nothing_left_to_draw_ends(model: LlamaForCausalLM):
             assert sorted([6 + int(event.id), *event.tokens]) == list(range(VOCABULARY))
 
 
-def test_a_draft_with_a_shorter_context(model: LlamaForCausalLM):
-    draft = layers_draft(target(max_position_embeddings=16), [0])
-    sampling = Sampling(40, temperature=0)
-    found = speculate(model, draft, PROMPTS, sampling, gamma=4, max_batch=4)
-    assert ends(found) == ends(generate(model, PROMPTS, sampling))
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_draft_with_a_shorter_context(model: LlamaForCausalLM, temperature: float):
+    sampling = Sampling(40, temperature=temperature)
+    found = [
+        speculate(
+            model, layers_draft(target(max_position_embeddings=16), [0]), PROMPTS, sampling, gamma=4, max_batch=count
+        )
+        for count in (1, 4)
+    ]
+    expected = generate(model, PROMPTS, sampling)
+    assert ends(found[0]) == ends(found[1])
+    assert [len(c.tokens) for c in found[0]] == [len(c.tokens) for c in expected]
+    if temperature == 0:
+        assert ends(found[0]) == ends(expected)
 
 
 def test_modes_and_weights_are_as_before(model: LlamaForCausalLM):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.train()
-    speculate(model, DRAFTS["layers int8"](model), PROMPTS, Sampling(5))
-    assert model.training and all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    draft = DRAFTS["layers int8"](model)
+    assert [module.training for module in model.modules()] == modes
+    speculate(model, draft, PROMPTS, Sampling(5))
+    assert [module.training for module in model.modules()] == modes
     model.eval()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 def test_the_adaptive_controller_changes_no_greedy_token(model: LlamaForCausalLM):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import sys
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from limbeck.cli import app
 from limbeck.data import completion_text, read, render
 from limbeck.decoding import Sampling, generate
 from limbeck.errors import DataError, RecipeError
-from limbeck.evaluation import evaluate, token_calibration
+from limbeck.evaluation import Scores, evaluate, token_calibration
 from limbeck.models import eos_tokens, load_model, load_tokenizer
 from limbeck.pipeline import evaluate_folder
+from limbeck.pipeline.evaluating import _scores
 from limbeck.scoring import distinct_4, score
 
 STORIES = [
@@ -93,7 +96,7 @@ def test_everything_at_once(files: dict[str, str], folders: dict[str, str], tmp_
     found = evaluate_folder(
         folders["stories-xs-280k"],
         [files["stories"], files["labels"]],
-        metrics=["rouge_l", {"name": "regex", "pattern": "a"}, "distinct_4"],
+        metrics=["rouge_l", {"name": "regex", "pattern": "a"}, "exact_match", "distinct_4"],
         samples=3,
         teacher=folders["stories260k"],
         max_tokens=12,
@@ -104,12 +107,13 @@ def test_everything_at_once(files: dict[str, str], folders: dict[str, str], tmp_
     )
     stories, labels = found[files["stories"]], found[files["labels"]]
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == found
-    for name in ("rouge_l", "regex", "regex_pass@2", "regex_maj@3", "loss", "forward_kl", "ex_acc_err"):
+    for name in ("rouge_l", "regex", "regex_pass@2", "exact_match_maj@3", "loss", "forward_kl", "ex_acc_err"):
         assert stories[name]["low"] <= stories[name]["mean"] <= stories[name]["high"], name
     assert stories["regex_pass@3"]["mean"] >= stories["regex_pass@2"]["mean"] >= stories["regex"]["mean"]
-    assert (
-        "rouge_l_pass@2" not in stories and "distinct_4_pass@2" not in stories and "regex_greedy_pass@2" not in stories
-    )
+    # A pattern is right or wrong but gives no answer that could vote.
+    at_k = {key for key in stories if "@" in key}
+    names = ("regex_pass", "exact_match_pass", "exact_match_maj")
+    assert at_k == {f"{name}@{k}" for name in names for k in (2, 3)}
     assert stories["distinct_4"]["low"] is None and len(stories["distinct_4"]["values"]) == 3
     assert len(stories["exposure"]["percent"]) == 12 and stories["exposure"]["percent"][0] == pytest.approx(0, abs=1e-3)
     assert stories["ex_acc_err"]["mean"] == stories["exposure"]["percent"][-1]
@@ -141,15 +145,92 @@ def test_options_that_do_not_fit(files: dict[str, str], folders: dict[str, str])
         evaluate_folder(model, files["stories"], seeds=3, samples=3, **settings)
     with pytest.raises(RecipeError, match="add --teacher"):
         evaluate_folder(model, files["stories"], with_exposure=True, **settings)
-    with pytest.raises(RecipeError, match="a metric that says right .* found rouge_l"):
-        evaluate_folder(model, files["stories"], samples=2, **settings)
+
+
+def test_mistakes_are_found_before_anything_is_written(
+    files: dict[str, str], folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_late(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model has written")
+
+    monkeypatch.setattr("limbeck.pipeline.evaluating.evaluate", too_late)
+    stories, model = files["stories"], folders["stories260k"]
+    bad = tmp_path / "bad.jsonl"
+
+    def message(kind: type[Exception], data: Any, metrics: list[Any], **options: Any) -> str:
+        with pytest.raises(kind) as caught:
+            evaluate_folder(model, data, metrics=metrics, console=Console(file=StringIO()), max_tokens=4, **options)
+        return str(caught.value)
+
+    for found in (["rouge_l"], ["distinct_4"], ["limbeck.scoring.text:exact_match"]):
+        expected = f"a metric that says right or wrong (exact_match, .* found {found[0]}"
+        assert pytest.raises(RecipeError, evaluate_folder, model, stories, metrics=found, samples=2).match(
+            expected.replace("(", r"\(")
+        )
+    bad.write_text("in the way")
+    assert f"expected to write to {bad / 'out'}" in message(RecipeError, stories, ["length"], out=bad / "out")
+    # In the second of two data sets.
+    bad.write_text(json.dumps({**LABELS[0], "completion": "neither"}))
+    said = message(DataError, [stories, str(bad)], ["length"], with_calibration=True)
+    assert "expected one of the labels ' boy', ' girl' as the right one" in said
+    bad.write_text(json.dumps({"prompt": "Tom"}))
+    assert "found prompts alone" in message(DataError, [stories, str(bad)], ["length"], with_calibration=True)
+    assert "expected a reference" in message(DataError, [stories, str(bad)], ["rouge_l"])
+    with pytest.raises(AssertionError, match="has written"):  # the control: all is well
+        evaluate_folder(model, stories, metrics=["length"], console=Console(file=StringIO()), out=tmp_path / "out")
+
+
+def test_samples_of_generated_problems(folders: dict[str, str]) -> None:
+    found = evaluate_folder(
+        folders["stories260k"],
+        "reasoning_gym:chain_sum:3:7",
+        metrics=["reasoning_gym"],
+        samples=4,
+        max_tokens=6,
+        console=Console(file=StringIO()),
+    )
+    assert {key for key in found if "@" in key} == {f"reasoning_gym_{of}@{k}" for of in ("pass", "maj") for k in (2, 4)}
+    assert found["reasoning_gym_pass@4"]["mean"] == 0.0 <= found["reasoning_gym"]["mean"] < 0.5
+
+
+def test_a_full_score_alone_is_right() -> None:
+    """Three samples of two prompts: the first is right twice by two ways to write 7, the second never, by .01."""
+    texts = [["<answer>7</answer>", "8"], ["so <answer> 7 </answer>", "8"], ["9", "8"]]
+    scores = Scores({"reasoning_gym": np.array([[1.0, 0.01], [1.0, 0.01], [0.0, 0.01]])}, [], 0.0, texts)
+    found = _scores(scores, at_k=True)
+    assert found["reasoning_gym_pass@3"]["mean"] == 0.5 == found["reasoning_gym_maj@3"]["mean"]
+    assert found["reasoning_gym_pass@2"]["values"] == [0.5]
+    assert not [key for key in _scores(scores, at_k=False) if "@" in key]
+
+
+def test_a_metric_is_built_once_where_the_model_is(
+    files: dict[str, str], folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from limbeck.scoring import build_reward
+
+    built: list[tuple[Any, str]] = []
+
+    def record(spec: Any, *, device: Any = None) -> Any:
+        built.append((spec, str(device)))
+        return build_reward(spec, device=device)
+
+    monkeypatch.setattr(sys.modules["limbeck.evaluation.evaluate"], "build_reward", record)
+    evaluate_folder(
+        folders["stories260k"],
+        [files["stories"], files["labels"]],
+        metrics=["length"],
+        seeds=1,
+        max_tokens=4,
+        console=Console(file=StringIO()),
+    )
+    assert built == [("length", "cpu")]
 
 
 def test_the_command_line(files: dict[str, str], folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
-    def record(model: str, data: Any, **options: Any) -> None:
-        asked.update(options, model=model, data=data)
+    def record(*given: Any, **options: Any) -> None:
+        asked.update(inspect.signature(evaluate_folder).bind(*given, **options).arguments)
 
     monkeypatch.setattr("limbeck.pipeline.evaluate_folder", record)
 

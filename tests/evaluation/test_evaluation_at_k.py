@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from limbeck.evaluation import final_answer, majority_at_k, pass_at_k
+from limbeck.evaluation import FINAL_ANSWERS, final_answer, majority_at_k, pass_at_k
+from limbeck.scoring import RIGHT_OR_WRONG
 
 N = 6
 
@@ -70,13 +71,20 @@ def test_majority_hand_cases() -> None:
     assert found([None, None, "4"], [0, 0, 1], 3) == 1.0  # no answer is no vote
     assert found([None, None, None], [0, 0, 0], 3) == 0.0
     assert found(["4", "5", "5", "4", "4"], [1, 0, 0, 1, 1], 2) == pytest.approx((0.5 + 0.5) / 2)  # the fifth is left
+    assert found(["4", "5", "5", "4", "5"], [1, 0, 0, 1, 0], 2) == pytest.approx((0.5 + 0.5) / 2)  # groups share none
 
 
 def test_final_answers() -> None:
     assert final_answer("accuracy", "so 18.00") == final_answer("numeric_answer", "#### 18") == Decimal(18)
     assert final_answer("accuracy", "none") is None
-    assert final_answer("exact_match", "The Cat!") == final_answer("regex", "cat")
+    assert final_answer("accuracy", "it is 0") == 0  # an answer, though it is false
+    assert final_answer("exact_match", "The Cat!") == final_answer("exact_match", "cat")
     assert final_answer("exact_match", " ") is None
+    # As the verifier reads it: two ways to one answer are one vote, nothing between the tags is none.
+    for text in ("3 + 4 = <answer> 7 </answer>", "7\n"):
+        assert final_answer("reasoning_gym", text) == "7"
+    assert final_answer("reasoning_gym", "<answer></answer>") is None
+    assert set(FINAL_ANSWERS) == set(RIGHT_OR_WRONG) - {"regex"}
 
 
 def test_what_is_not_right_or_wrong_is_refused() -> None:

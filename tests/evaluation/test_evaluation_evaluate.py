@@ -14,7 +14,8 @@ from limbeck.data import completion_text, render
 from limbeck.data.embedded.problems import rows
 from limbeck.decoding import Completion, Sampling, generate
 from limbeck.errors import DataError, RecipeError, ScoreError
-from limbeck.evaluation import evaluate, references_of
+from limbeck.evaluation import evaluate
+from limbeck.evaluation.evaluate import references_of
 from limbeck.models import eos_tokens, load_model, load_tokenizer
 from limbeck.scoring.text import length, rouge_l
 from limbeck.types import Example
@@ -45,7 +46,6 @@ def test_twice_and_in_other_batches_the_same_numbers(stories: tuple[Any, Any, li
         assert values_SP.shape == (1 if metric.endswith("_greedy") else 3, 4)
         np.testing.assert_array_equal(values_SP, again.values[metric])
     assert first.samples == again.samples
-    assert first.means("rouge_l") == first.values["rouge_l"].mean(1).tolist()
     seeds_SP = first.values["length"]
     assert not (seeds_SP[0] == seeds_SP[1]).all()  # seeds differ from each other
     fewer = evaluate(model, tokenizer, held, **settings, seeds=2, greedy=False)

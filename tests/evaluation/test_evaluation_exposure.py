@@ -12,7 +12,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from scipy.special import log_softmax, rel_entr
-from transformers import LlamaConfig, LlamaForCausalLM
+from scipy.stats import bootstrap
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from limbeck.errors import DataError
 from limbeck.evaluation import exposure
@@ -69,21 +70,25 @@ def test_equals_the_enumeration() -> None:
     found = exposure(
         student, teacher, EXAMPLES, max_tokens=STEPS, stop_tokens=(STOP,), pad_id=STOP, samples=SAMPLES, seed=3
     )
-    exact = {}
+    exact, bounds = {}, {}
     for name, writer, accumulated in (("student", student, found.on_student), ("teacher", teacher, found.on_teacher)):
         parts = [enumerated(student, teacher, writer, prompt) for prompt in PROMPTS]
         exact[name] = np.mean([means for means, _ in parts], 0).cumsum()
         # Steps of one completion depend on each other: their errors add up at most.
-        bound = 4 * np.mean([errors for _, errors in parts], 0).cumsum() + 1e-9
+        bounds[name] = bound = 4 * np.mean([errors for _, errors in parts], 0).cumsum() + 1e-9
         assert (np.abs(np.array(accumulated) - exact[name]) <= bound).all()
         other = teacher if writer is student else student
         control = np.mean([enumerated(student, teacher, other, prompt)[0] for prompt in PROMPTS], 0).cumsum()
         assert (np.abs(np.array(accumulated) - control) > bound)[1:].any()
     assert found.on_student[0] == pytest.approx(exact["student"][0], rel=1e-9)  # the prompt alone: nothing is drawn
     assert found.percent[0] == pytest.approx(0, abs=1e-9)
-    expected = (exact["student"] - exact["teacher"]) / exact["teacher"] * 100
-    assert abs(expected[-1]) > 5
-    assert found.percent[-1] == pytest.approx(expected[-1], abs=0.25 * abs(expected[-1]))
+    # The ratio of two numbers, each within its bound.
+    least, most = (
+        (exact["student"] + sign * bounds["student"]) / (exact["teacher"] - sign * bounds["teacher"]) * 100 - 100
+        for sign in (-1, 1)
+    )
+    assert (least[1:] <= found.percent[1:]).all() and (found.percent[1:] <= most[1:]).all()
+    assert least[-1] * most[-1] > 0  # narrow enough to tell the sign
     assert found.low is not None and found.high is not None and found.prompts == [2] * STEPS
 
 
@@ -116,7 +121,10 @@ def test_the_base_under_a_lora_student_is_its_teacher(tiny: Callable[..., Any]) 
 
 
 def test_a_teacher_with_a_longer_context_is_cut_at_the_students() -> None:
-    student, teacher = toy(1, max_position_embeddings=5), toy(2, max_position_embeddings=64)
+    # Of learnt positions: a token beyond them is an error.
+    shape: dict[str, Any] = {"vocab_size": 4, "n_embd": 8, "n_layer": 1, "n_head": 2, "eos_token_id": STOP}
+    torch.manual_seed(0)
+    student, teacher = (GPT2LMHeadModel(GPT2Config(n_positions=size, **shape)).eval() for size in (5, 64))
     found = exposure(student, teacher, EXAMPLES, max_tokens=9, stop_tokens=(), pad_id=STOP, samples=2)
     assert found.prompts == [2, 2, 2, 1]  # prompts of one and two tokens
 
@@ -146,16 +154,30 @@ def test_the_curve_of_given_errors() -> None:
 
 
 def test_the_interval_covers_the_truth() -> None:
-    """Prompts drawn anew: R and l eps are 3 and 2 on average at the last of 3 steps, so the excess is 50 %."""
+    """Prompts drawn anew: R and l eps are 3 and 2 on average at the last of 3 steps, so the excess is 50 %. And the
+    interval is no wider than scipy's bootstrap of the same ratio."""
     random = np.random.default_rng(0)
-    hits = 0
+    hits, widths, by_scipy = 0, [], []
+
+    def excess(student_PL: np.ndarray, teacher_PL: np.ndarray, axis: int) -> np.ndarray:
+        return student_PL.mean(axis) / teacher_PL.mean(axis) * 100 - 100
+
     for _ in range(100):
         student_PL, teacher_PL = random.exponential(1, (40, 3)), random.exponential(2 / 3, (40, 3))
         found = curve(student_PL, teacher_PL)
         assert found.low is not None and found.high is not None
         hits += found.low[-1] <= 50 <= found.high[-1]
+        widths.append(found.high[-1] - found.low[-1])
+        sums = student_PL.sum(1), teacher_PL.sum(1)
+        low, high = bootstrap(
+            sums, excess, paired=True, method="percentile", n_resamples=1000, rng=random
+        ).confidence_interval
+        by_scipy.append(high - low)
     # 95 of 100 with a standard deviation of 2.2; the bootstrap of a ratio is a little narrow.
-    assert 86 <= hits <= 100
+    assert hits >= 86
+    # An end of 1000 resamples is off by sqrt(.025 x .975 / 1000) / .058 = .085 standard deviations of the mean, so a
+    # width (3.9 of them) by 3 %, and the mean of 100 by .3 %, here as in scipy: four times sqrt(2) of that.
+    assert np.mean(widths) == pytest.approx(np.mean(by_scipy), rel=0.018)
 
 
 def test_no_examples_are_an_error() -> None:

@@ -14,7 +14,7 @@ from scipy.special import log_softmax, rel_entr
 
 from limbeck.data import dataset_rollout
 from limbeck.errors import DataError
-from limbeck.evaluation import held_out
+from limbeck.evaluation import HELD_OUT, held_out, held_out_intervals
 from limbeck.evaluation.held_out import BUCKETS, batches, by_position
 from limbeck.models import set_vocabulary
 from limbeck.types import Example
@@ -79,6 +79,18 @@ def test_equals_a_dense_computation(tiny: Callable[..., Any], tokenizer: Any, ba
         assert entry["forward_kl"] == pytest.approx(np.mean(at), rel=1e-9)
     assert len(found["divergence_by_position"]) == max(len(row) for row in expected)
     assert 0 < found["forward_kl"] != found["reverse_kl"]
+
+
+def test_intervals_are_of_means_over_tokens(tiny: Callable[..., Any], tokenizer: Any) -> None:
+    found = held_out(tiny(1), tiny(2), some_examples(len(tokenizer)), PAD)
+    intervals = held_out_intervals(found)
+    assert tuple(intervals) == HELD_OUT == NAMES
+    for name, interval in intervals.items():
+        assert interval.low is not None and interval.high is not None
+        assert interval.low <= interval.mean <= interval.high
+        assert interval.mean == pytest.approx(found[name], rel=1e-9)
+        assert interval.mean != pytest.approx(np.mean(found["per_example"][name]), rel=1e-4)  # a mean over rows
+    assert held_out_intervals(held_out(tiny(1), None, some_examples(len(tokenizer)), PAD)).keys() == {"loss"}
 
 
 def test_without_a_teacher_the_loss_alone(tiny: Callable[..., Any], tokenizer: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from limbeck.decoding import Sampling
 from limbeck.decoding.controller import Fixed
 from limbeck.decoding.drafts import Draft
-from limbeck.decoding.requests import Event, Observed, Request
+from limbeck.decoding.requests import Event, Observation, Observed, Request
 from limbeck.decoding.speculative import Engine
-from limbeck.online import Buffer, Trace
+from limbeck.online import Buffer, Service, Trace
 
 VOCABULARY = 50
 
@@ -56,6 +57,11 @@ def drain(engine: Engine) -> list[Event]:
     return events
 
 
+def show(buffer: Buffer, observation: Observation) -> None:
+    for row in observation.rows:
+        buffer.observe(row)
+
+
 def record(
     model: Any,
     draft: Draft,
@@ -73,7 +79,7 @@ def record(
     seen: list[Observed] = []
 
     def observe(observation: Any) -> None:
-        buffer(observation)
+        show(buffer, observation)
         seen.extend(observation.rows)
 
     engine = Engine(model, None, {"cut": draft}, Fixed("cut", gamma), max_batch=4, observer=observe)
@@ -128,3 +134,15 @@ class Listener:
 
     def tokens(self, id: str) -> list[int]:
         return [token for event in self.events[id] for token in event.tokens]
+
+
+GREEDY = Sampling(20, temperature=0.0)
+
+
+def submit_all(service: Service, sampling: Sampling, texts: Sequence[Any], start: int = 0, **changes: Any) -> Listener:
+    """Asks for a completion of each text, as r0, r1, ... from `start` on."""
+    listener = Listener()
+    for place, text in enumerate(texts, start):
+        request = Request(f"r{place}", text, replace(sampling, seed=place), (place,), **changes)
+        service.submit(request, listener.expect(request.id))
+    return listener

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from online_helpers import VOCABULARY, all_traces, llama, prompts, record, target_logprobs
+from online_helpers import VOCABULARY, all_traces, llama, prompts, record, show, target_logprobs
 
 from limbeck.decoding import Sampling
 from limbeck.decoding.controller import Fixed
@@ -49,7 +50,7 @@ def _kept(row: Observed, positions: str) -> list[int]:
 
 def test_observing_costs_no_pass_of_the_target() -> None:
     passes: list[int] = []
-    for observer in (None, Buffer(positions="all")):
+    for observer in (None, partial(show, Buffer(positions="all"))):
         model = llama()
         engine = Engine(model, None, {"cut": layers_draft(model, [0])}, Fixed("cut", 3), max_batch=4, observer=observer)
         for place, text in enumerate(prompts(6)):
@@ -139,7 +140,8 @@ def test_nothing_outlives_its_time() -> None:
     clock = [1000.0]
     model, buffer = llama(), Buffer(seconds=60, replay=4, held_out=2, now=lambda: clock[0])
     record(model, layers_draft(model, [0]), buffer, prompts(10), keep=lambda place: place % 2 == 0)
-    engine = Engine(model, None, {"cut": layers_draft(model, [0])}, Fixed("cut", 3), max_batch=2, observer=buffer)
+    engine = Engine(model, None, {"cut": layers_draft(model, [0])}, Fixed("cut", 3), max_batch=2)
+    engine.observer = partial(show, buffer)
     engine.add(Request("open", (1, 2, 3), Sampling(40, seed=1)))
     for _ in range(4):
         engine.step()
@@ -150,6 +152,29 @@ def test_nothing_outlives_its_time() -> None:
     buffer.expire()
     assert not all_traces(buffer) and buffer.bytes == 0 and not buffer._growing["open"].positions
     assert buffer.take(100).train == [] and buffer.numbers()["buffer_positions"] == 0
+    while engine.busy:  # what is still to come of the open request would not be whole: it is gone for good
+        engine.step()
+    assert buffer.bytes == 0
+    buffer.close("open")
+    assert not all_traces(buffer) and not buffer._growing
+
+
+def test_a_request_that_is_too_large_is_dropped_whole() -> None:
+    """While it is still served: no columns without those before them, no positions without their distributions."""
+    model, buffer = llama(), Buffer(positions="all", taps=True, most_bytes=3000)
+    _, seen = record(model, _Tapping(cut_layers(model, [0])), buffer, prompts(3), tokens=60)
+    assert seen and not all_traces(buffer) and buffer.bytes == 0
+    small = Buffer(positions="all", taps=True, most_bytes=10**6)
+    record(model, _Tapping(cut_layers(model, [0])), small, prompts(3), tokens=60)
+    assert min(trace.bytes for trace in all_traces(small)) > 3000
+
+
+def test_what_is_held_out_is_read_without_counting_as_seen() -> None:
+    model, buffer = llama(), Buffer()
+    record(model, layers_draft(model, [0]), buffer, prompts(8), keep=lambda place: place % 2 == 0)
+    new = buffer.new
+    assert new > 0 and [trace.role for trace in buffer.apart("gate")] == ["gate"] * len(buffer.held["gate"])
+    assert buffer.new == new
 
 
 def test_traces_travel_at_their_own_size() -> None:

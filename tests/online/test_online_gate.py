@@ -79,6 +79,15 @@ def test_a_better_draft_passes_soon() -> None:
     assert Gate(0.05).judge([0.4] * 6, [0.1] * 6).kind == "worse"
 
 
+def test_the_least_that_can_decide() -> None:
+    """One request fewer decides nothing even where all are won."""
+    for error in (0.2, 0.05, 0.01, 0.001):
+        gate = Gate(error)
+        assert gate.judge([0.1] * gate.least, [0.4] * gate.least).kind == "better"
+        assert gate.judge([0.1] * (gate.least - 1), [0.4] * (gate.least - 1)).kind == "undecided"
+    assert Gate(0.05).least == 6
+
+
 def test_too_little_or_nothing_is_undecided() -> None:
     assert Gate(0.05).judge([0.1] * 4, [0.4] * 4).kind == "undecided"
     assert Gate(0.05).judge([], []).kind == "undecided"

@@ -91,7 +91,7 @@ def test_stories_are_learnt_from_recorded_traffic(shared: Path) -> None:
     folder = shared / "models" / "stories260k"
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     with (shared / "data" / "tinystories_train.jsonl").open() as lines:
-        rows = [json.loads(next(lines)) for _ in range(96)]
+        rows = [json.loads(next(lines)) for _ in range(48)]
     texts = [tuple(tokenizer(row["text"][:60])["input_ids"][:12]) for row in rows]
     traces = _lot(model, layers_draft(model, [0]), texts, positions="rejected")
     learner = ModelLearner(cut_layers(model, [0]))

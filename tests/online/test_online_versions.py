@@ -93,7 +93,7 @@ def _save_for_ever(folder: str) -> None:
 def test_killed_while_saving_the_last_whole_version_is_there(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     torn, before = 0, -1
-    for place in range(12):
+    for place in range(6):
         process = context.Process(target=_save_for_ever, args=(str(tmp_path),))
         process.start()
         time.sleep(0.15 + 0.017 * place)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -30,8 +32,18 @@ CHAT = (
 Start = Callable[..., AbstractContextManager[str]]
 
 
+_CLIENT = openai.OpenAI(base_url="http://127.0.0.1", api_key="none", max_retries=0, timeout=60)  # half a second to make
+
+
 def client_of(address: str, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=60)
+    return _CLIENT.with_options(base_url=f"{address}/v1", api_key=key)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 @dataclass(frozen=True)
@@ -71,16 +83,13 @@ class Recorded(Service):
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        go_on = threading.Event()
-        self.between_rounds(lambda: _within(go_on.wait(20)))
+        go_on, released = threading.Event(), queue.SimpleQueue[bool]()
+        self.between_rounds(lambda: released.put(go_on.wait(20)))
         try:
             yield
         finally:
             go_on.set()
-
-
-def _within(waited: bool) -> None:
-    assert waited
+        assert released.get(timeout=20), "held for too long"
 
 
 def service_of(stories: tuple[Any, Any], *, max_batch: int = 8, gamma: int = 3, **options: Any) -> Recorded:

@@ -19,9 +19,12 @@ import torch
 from online_server_helpers import NAME, client_of, written
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from limbeck.cli import main
+from limbeck.decoding.adaptive import Adaptive
 from limbeck.decoding.drafts.ngram import NgramDraft
 from limbeck.errors import LimbeckError, PreflightError, RecipeError
-from limbeck.models import vocabulary_rows
+from limbeck.models import hidden_and_head, vocabulary_rows
+from limbeck.online.learner import Batch
 from limbeck.online.server.serving import Options, assemble, serve
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
@@ -61,16 +64,16 @@ def test_command_serves_and_ends_when_interrupted(folder: str, tmp_path: Path, s
         assert process.wait(20) == 0
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
-    words = [sys.executable, "-m", "limbeck", "serve", *arguments]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
-
-
-def test_command_explains_a_mistake_in_one_line(tmp_path: Path) -> None:
-    done = run("--target", str(tmp_path / "nothing"), "--host", "0.0.0.0")
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert "--host 0.0.0.0: expected --api-key-file" in done.stderr
+def test_command_explains_a_mistake_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["limbeck", "serve", "--target", str(tmp_path / "nothing"), "--host", "0.0.0.0"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and said.out == "" and said.err.count("\n") == 1
+    assert "--host 0.0.0.0: expected --api-key-file" in said.err
 
 
 def options(folder: str, tmp_path: Path, **changes: Any) -> Options:
@@ -102,6 +105,9 @@ def test_serve_makes_the_draft_that_is_asked_for(folder: str, tmp_path: Path) ->
     ]
     assert [set(service.learning) for service in services.values()] == [{"layers"}, {"layers"}, {"model"}, set(), set()]
     assert isinstance(services["ngram"].engine.drafts["ngram"], NgramDraft)
+    for name in ("layers", "ngram"):  # what a pass costs is known before the first request
+        adaptive = services[name].engine.controller.inner
+        assert isinstance(adaptive, Adaptive) and adaptive.verify.known.keys() == {1, 2, 4, 6, 8, 12, 16}
     served = made["layers"][0]
     assert served.context == 512 and served.stop_tokens == (1,) and served.name == NAME
 
@@ -122,6 +128,35 @@ def test_serve_ignores_the_padding_of_two_vocabularies(folder: str, tmp_path: Pa
     assert vocabulary_rows(engine.drafts["model"].reader.model) == 512
 
 
+@pytest.mark.parametrize("kind", ["model", "layers"])
+def test_what_learns_is_the_draft_that_serves(folder: str, tmp_path: Path, kind: str) -> None:
+    """With weights behind the tokenizer's last token that would take most of the probability."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=520, num_hidden_layers=2, max_position_embeddings=64, **shape)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight[512:] *= 100
+    model.save_pretrained(tmp_path / "padded")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "padded")
+    path = str(tmp_path / "padded")
+    served, _ = assemble(options(path, tmp_path, draft=path if kind == "model" else None), None)
+    draft, learner = served.service.engine.drafts[kind], served.service.learning[kind].build()
+    tokens_BT = torch.arange(3, 13)[None]
+    made = Batch(tokens_BT, torch.ones_like(tokens_BT), torch.zeros(9, dtype=torch.long), torch.arange(1, 10), None)  # pyright: ignore[reportArgumentType]
+    with torch.no_grad():
+        hidden_NH, head = learner.predict(made)
+        hidden_BTH, own = hidden_and_head(draft.reader.model.float(), tokens_BT, torch.ones_like(tokens_BT))
+    assert head.size == own.size == 512
+    assert torch.allclose(hidden_NH, hidden_BTH[0, :9], rtol=0.05, atol=0.05)
+
+
+def test_serve_keeps_the_drafts_weights_in_fewer_bits(folder: str, tmp_path: Path) -> None:
+    served, _ = assemble(options(folder, tmp_path, weights="int8"), None)
+    draft = served.service.engine.drafts["layers"]
+    assert draft.head.project.packed is not None and draft.reader.weights == "int8"
+
+
 def test_serve_refuses_a_draft_of_another_vocabulary(folder: str, tmp_path: Path, shared: Path) -> None:
     other = str(shared / "models" / "babyllama-105")
     with pytest.raises(PreflightError, match="expected the target's vocabulary of 512 tokens, found 105, for example"):
@@ -135,6 +170,9 @@ def test_serve_refuses_a_draft_of_another_vocabulary(folder: str, tmp_path: Path
         ({"draft_kind": "owl"}, "--draft-kind: expected layers, model or ngram, found 'owl'"),
         ({"draft": "x", "draft_kind": "ngram"}, "--draft x: expected none"),
         ({"layers": [7]}, "layers from 0 to 4"),
+        ({"layers": [1], "draft_kind": "ngram"}, "--layers: expected a draft with a model"),
+        ({"weights": "int8", "draft_kind": "ngram"}, "--weights: expected a draft with a model"),
+        ({"weights": "int3"}, "weights: expected one of .*'int3'"),
     ],
 )
 def test_serve_refuses_options_that_do_not_fit(

@@ -19,17 +19,21 @@ from limbeck.online.server import Keys
 from limbeck.online.server.dashboard import History
 
 NAMES = ("layers-4", "gsm8k")
-LEARNT = ("updates", "swaps", "undecided", "refusals", "rollbacks", "buffer_positions", "buffer_bytes", "buffer_age_s")
+LEARNT = ("updates", "swaps", "undecided", "refusals", "rollbacks", "failures", "restarts", "buffer_positions")
+LEARNT += ("buffer_bytes", "buffer_age_s", "buffer_held", "buffer_error")
+NOT_YET = dict.fromkeys(("last_gain", "known_mass", "last_error"))
 
 
 def draft_of(**changes: Any) -> dict[str, Any]:
     zeros = ("gamma", "proposals", "drafted", "accepted", "verified", "alpha_sum", "version", "benched")
-    return {"kind": "layers", **dict.fromkeys((*zeros, *LEARNT), 0), "kept": [], "lengths": [], **changes}
+    zeros = dict.fromkeys((*zeros, *LEARNT), 0)
+    return {"kind": "layers", **zeros, **NOT_YET, "cold": True, "broken": False, "kept": [], "lengths": [], **changes}
 
 
 def untaught() -> dict[str, Any]:
     """A draft that does not learn, and has not been used."""
-    return {name: value for name, value in draft_of(kind="ngram").items() if name not in LEARNT}
+    learnt = {*LEARNT, *NOT_YET, "cold", "broken"}
+    return {name: value for name, value in draft_of(kind="ngram").items() if name not in learnt}
 
 
 class Scripted:
@@ -98,6 +102,7 @@ class Scripted:
                 draft |= {"gamma": 5.0, "buffer_positions": second * 37 % 2048, "buffer_bytes": second << 10}
             self.state |= {"wall_s": float(second), "tokens": tokens, "drafts": drafts | {"ngram": untaught()}}
             history.add(self.state)
+        drafts["gsm8k"] |= {"failures": 2, "last_error": "UpdaterLost: <gone>", "broken": True, "last_gain": 0.0123}
         marks.append({"t": 400, "kind": "rollback", "draft": "gsm8k", "version": 7})
         spent = {"prefill": 11.0, "draft": 88.0, "verify": 220.0, "overhead": 13.0, "idle": 260.0, "training": 41.0}
         self.state |= {"marks": marks, "ledger": spent, "speedup": 1.84, "plain_tokens_per_s": 61.0}
@@ -171,6 +176,7 @@ PROBE = """(() => {
     marks: [...document.querySelectorAll("#alpha .mark")].map((element) => element.dataset.kind),
     empty: document.querySelectorAll(".empty").length,
     rows: document.querySelectorAll("#drafts tbody tr").length,
+    drafts: document.querySelector("#drafts").innerText,
     nonsense: document.body.innerText.match(/undefined|NaN|null|Infinity|\\[object/g),
     outside: [...document.querySelectorAll("main *")].filter(inside).map((element) => element.outerHTML.slice(0, 90)),
     small: [...document.querySelectorAll("text, td, th, p, span, small")].filter(
@@ -214,6 +220,8 @@ def test_dashboard_in_a_browser(stories: tuple[Any, Any], tab: Tab, width: int, 
         assert lightness < 120 if dark else lightness > 700
     assert empty["empty"] == 5 and empty["lines"] == [] and empty["tiles"][:3] == ["–", "0", "–"]
     assert busy["empty"] == 0 and busy["rows"] == 3 and busy["state"] == "learning"
+    assert "gsm8k, last failure: UpdaterLost: <gone>" in busy["drafts"] and "learns no more" in busy["drafts"]
+    assert "0.012" in busy["drafts"] and "last failure" not in empty["drafts"]
     assert busy["tiles"][2:5] == ["1.84×", "7 + 3", "812"]
     assert len(busy["lines"]) == 5 and all(line[0] > 200 for line in busy["lines"])
     assert all(line[1] > 5 for line in busy["lines"][:3])  # acceptance and speed go up

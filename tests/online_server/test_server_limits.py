@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from online_server_helpers import NAME, Recorded, Start, client_of
+from online_server_helpers import NAME, Recorded, Start, client_of, wait_for
 
 from limbeck.errors import RecipeError
 from limbeck.online.server import Keys, Limits
@@ -99,8 +99,7 @@ def test_server_bounds_the_queue(start: Start, service: Recorded) -> None:
             threads = [threading.Thread(target=ask) for _ in range(2)]
             for thread in threads:
                 thread.start()
-            while len(service.seen) < 4:
-                pass
+            wait_for(lambda: len(service.seen) == 4)
             refused = httpx.post(f"{address}/v1/completions", json=BODY)
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["type"] == "rate_limit_error"

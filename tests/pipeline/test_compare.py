@@ -27,7 +27,7 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
         "sampling": {"max_tokens": 8},
         "init": {"training": {"max_steps": 2}},
         "training": {"max_steps": 3, "per_device_train_batch_size": 4, "save_strategy": "no"},
-        "evaluation": {"metrics": ["accuracy"], "prompts": 4, "rows": 4},
+        "evaluation": {"metrics": [{"name": "accuracy", "column": "completion"}], "prompts": 4, "rows": 4},
         "precision": "fp32",
         "teacher_precision": "fp32",
         "output": str(folder),

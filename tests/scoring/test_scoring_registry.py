@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from limbeck.errors import RecipeError, ScoreError
-from limbeck.scoring import SCORES, resolve, score
+from limbeck.scoring import SCORES, score
+from limbeck.scoring.registry import resolve
 
 
 def test_names_and_functions() -> None:

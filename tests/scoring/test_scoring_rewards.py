@@ -10,7 +10,7 @@ import pytest
 
 from limbeck.data import read
 from limbeck.errors import DataError, LimbeckError, RecipeError, ScoreError
-from limbeck.scoring import SCORES, build_reward, check_reward, needs_reference, score
+from limbeck.scoring import SCORES, build_reward, check_reward, needs_reference, references_in, score
 
 PROMPTS = ["first question", "second question"]
 COMPLETIONS = ["the cat sat\n#### 18", "nothing"]
@@ -149,6 +149,22 @@ def test_what_looks_at_the_completion_alone_needs_no_reference() -> None:
         assert not needs_reference(spec)
     assert build_reward("length")(["x"], ["four"], [{"prompt": "x"}]) == [4.0]
     assert needs_reference("rouge_l") and not needs_reference({"name": "rouge_l", "column": "summary"})
+
+
+def test_the_first_column_that_holds_something_is_the_reference() -> None:
+    row: dict[str, Any] = {"references": ["a", 2], "completion": "b", "answer": 3.5, "summary": "c"}
+    assert references_in(row) == ["a", "2"] and references_in(row, "summary") == ["c"]
+    for nothing in (None, "", []):
+        row["references"] = nothing
+        assert references_in(row) == ["b"] and references_in(row, "references") == []
+    row["completion"] = ""
+    assert references_in(row) == ["3.5"] and references_in({"answer": 0}) == ["0"]
+    row["answer"] = ""
+    assert references_in(row) == []
+    asked, said = {"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}
+    assert references_in({"messages": [asked, said]}) == ["r"] and references_in({"messages": [said, asked]}) == []
+    with pytest.raises(RecipeError, match="expected column summary, found row 1"):
+        check_reward({"name": "rouge_l", "column": "summary"}, [{"prompt": "x", "summary": ""}])
 
 
 def test_generated_problems_and_their_verifiers() -> None:

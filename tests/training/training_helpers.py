@@ -56,6 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gkd": {"lmbda": 1.0},
     "gkd-half": {"method": "gkd", "lmbda": 0.5, "divergence": {"name": "skew_forward_kl"}},
     "seqkd": {},
+    "draft": {},
     "minillm": {"data": MINILLM_DATA},
     "minillm-reference": {"method": "minillm", "variant": "reference", "data": MINILLM_DATA},
     "gkd-reward": {"method": "gkd", "reward": "length", "distill_weight": 0.3, "samples": 2},

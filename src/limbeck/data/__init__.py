@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from limbeck.data.collate import at_learnt, collate, completion_text, dataset_rollout, micro_batches, written_rollout
+from limbeck.data.collate import (
+    at_learnt,
+    collate,
+    completion_text,
+    dataset_rollout,
+    micro_batches,
+    plain_text,
+    written_rollout,
+)
 from limbeck.data.read import mixture_counts, read
 from limbeck.data.render import Summary, describe, render
 
@@ -15,6 +23,7 @@ __all__ = [
     "describe",
     "micro_batches",
     "mixture_counts",
+    "plain_text",
     "read",
     "render",
     "written_rollout",

@@ -39,7 +39,12 @@ def written_rollout(
 def completion_text(tokenizer: Any, tokens: Sequence[int], stop_tokens: Collection[int]) -> str:
     """The text of a completion without the stop token that ended it and without special tokens."""
     ended = bool(tokens) and tokens[-1] in stop_tokens
-    return tokenizer.decode(list(tokens[:-1] if ended else tokens), skip_special_tokens=True)
+    return plain_text(tokenizer, tokens[:-1] if ended else tokens)
+
+
+def plain_text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text without special tokens."""
+    return tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
 def collate(rollouts: Sequence[Rollout], pad_id: int) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Summary:
     unlearnt: int
     """rows without anything to learn: only methods that write the completion can use them"""
     short_prompts: int
-    """text rows too short for a prompt of `prompt_tokens` tokens"""
+    """texts too short for a prompt of `prompt_tokens` tokens; what is split counts by its first part"""
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
@@ -123,10 +123,10 @@ def render(
     shortened = short_prompts = 0
     for row, kind, (tokens, mask, start) in zip(rows, kinds, _assembled(tokenizer, pieces, eos), strict=True):
         shortened += limit is not None and len(tokens) > limit and not split
+        short_prompts += kind == "text" and len(tokens) <= wanted
         for part, learnt in _parts(tokens, mask, limit, split):
             if kind == "text":
                 start = min(wanted, len(part) - 1)
-                short_prompts += start < wanted
             found.append(Example(part, learnt, start, row, len(found)))
     if limit is not None:
         _check_room(found, limit, "data.max_length" if limit == max_length else "the model's context")

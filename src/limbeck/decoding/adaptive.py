@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 from limbeck.decoding.controller import NOTHING, Choice, Round
@@ -25,29 +26,12 @@ _PROBE_FIRST, _PROBE_LAST = 8, 64  # rounds without drafting until it is tried a
 
 
 @dataclass
-class Share:
-    """A share of yeses, of which old ones count less."""
+class Average:
+    """A mean of which old values count less; it begins with `total` / `count`."""
 
-    yes: float
-    all: float
-    decay: float = _DECAY
-
-    def add(self, value: bool) -> None:
-        self.yes = self.yes * self.decay + value
-        self.all = self.all * self.decay + 1
-
-    @property
-    def value(self) -> float:
-        return self.yes / self.all
-
-
-@dataclass
-class Mean:
-    """A mean of which old values count less."""
-
-    decay: float = 0.9
     total: float = 0.0
     count: float = 0.0
+    decay: float = 0.9
 
     def add(self, value: float) -> None:
         self.total = self.total * self.decay + value
@@ -61,31 +45,52 @@ class Mean:
 @dataclass
 class DraftRecord:
     """What a draft has done: how often a token stands (all, by confidence, by its place in the block), and what a step
-    costs."""
+    costs. `off`: rounds since it was last tried where it does not pay, `wait`: how many there must be, `trying`: in
+    this one it is."""
 
-    stands: Share = field(default_factory=lambda: Share(0.75 * _PRIOR_TOKENS, _PRIOR_TOKENS))
-    by_confidence: list[Share] = field(default_factory=lambda: [_prior(bin_) for bin_ in range(len(_EDGES) + 1)])
-    by_place: list[Share] = field(default_factory=list[Share])
-    step_seconds: Mean = field(default_factory=Mean)
+    stands: Average = field(default_factory=lambda: _share(0.75))
+    by_confidence: list[Average] = field(
+        default_factory=lambda: [_share((low + high) / 2) for low, high in pairwise((0.0, *_EDGES, 1.0))]
+    )
+    by_place: list[Average] = field(default_factory=list[Average])
+    step_seconds: Average = field(default_factory=Average)
+    off: int = 0
+    wait: int = _PROBE_FIRST
+    trying: bool = False
 
     def probability(self, confidence: float) -> float:
         """That a token of this confidence stands, the ones before it standing."""
         return self.by_confidence[bisect.bisect(_EDGES, confidence)].value
 
+    def at(self, place: int) -> float:
+        """How much likelier a token at this place of a block stands than tokens do, those before it standing: its text
+        may be of the kind that is easy, or the draft worse the further it goes."""
+        if place >= len(self.by_place):
+            return self.at(place - 1) if place else 1.0
+        known, all_ = self.by_place[place], self.stands.value
+        return (known.total + all_ * _PRIOR_TOKENS) / (known.count + _PRIOR_TOKENS) / max(all_, 1e-6)
 
-def _prior(bin_: int) -> Share:
-    edges = (0.0, *_EDGES, 1.0)
-    return Share((edges[bin_] + edges[bin_ + 1]) / 2 * _PRIOR_TOKENS, _PRIOR_TOKENS)
+    def judged(self, confidence: Sequence[float], kept: Sequence[bool]) -> None:
+        """What became of a block's tokens."""
+        self.by_place += [Average(decay=_DECAY) for _ in range(len(kept) - len(self.by_place))]
+        for place, (value, stood) in enumerate(zip(confidence, kept, strict=True)):
+            self.by_confidence[bisect.bisect(_EDGES, value)].add(stood)
+            self.by_place[place].add(stood)
+            self.stands.add(stood)
+
+
+def _share(value: float, weight: float = _PRIOR_TOKENS, decay: float = _DECAY) -> Average:
+    return Average(value * weight, weight, decay)
 
 
 class VerifyCost:
     """Seconds of a pass of the target by the number of tokens in it, between known sizes linear."""
 
     def __init__(self) -> None:
-        self.known: dict[int, Mean] = {}
+        self.known: dict[int, Average] = {}
 
     def add(self, tokens: int, seconds: float) -> None:
-        self.known.setdefault(tokens, Mean()).add(seconds)
+        self.known.setdefault(tokens, Average()).add(seconds)
 
     def __call__(self, tokens: int) -> float:
         sizes = sorted(self.known)
@@ -113,35 +118,37 @@ class Adaptive:
         self.ngram = ngram
         self.max_gamma = max_gamma
         self.records: dict[str, DraftRecord] = {}
-        self.rows: WeakKeyDictionary[Live, Share] = WeakKeyDictionary()
+        self.rows: WeakKeyDictionary[Live, Average] = WeakKeyDictionary()
         self.verify = VerifyCost()
-        self.other = Mean()  # seconds of a round that are neither drafting nor verifying
-        self.tokens = self.seconds = 0.0  # of the last rounds
-        self.off = 0  # rounds since drafting was last tried
-        self.wait = _PROBE_FIRST
-        self.trying = False
+        self.other = Average()  # seconds of a round that are neither drafting nor verifying
+        self.reached: dict[int, tuple[float, float]] = {}  # by number of rows: tokens, seconds of the last rounds
+        self.planned = 1  # rows in this round
+
+    @property
+    def names(self) -> Sequence[str]:
+        ngram = [] if self.ngram is None else [self.ngram[0]]
+        return ngram if self.draft is None else [self.draft, *ngram]
 
     def record_of(self, name: str) -> DraftRecord:
         return self.records.setdefault(name, DraftRecord())
 
     def plan(self, rows: Sequence[Live]) -> list[Choice]:
+        self.planned = len(rows)
         for row in rows:
             if row not in self.rows:
                 self.rows[row] = self._fresh(row)
-        speed = self._speed(len(rows))
-        choices = [self._by_match(row, speed, len(rows)) for row in rows]
-        names = {row.request.route or self.draft for row, choice in zip(rows, choices, strict=True) if choice is None}
-        pays = {
-            name: self._pays(name, [row for row in rows if (row.request.route or self.draft) == name], speed)
-            for name in names
-            if name is not None
-        }
+        speed = self._speed()
         planned: list[Choice] = []
-        for row, choice in zip(rows, choices, strict=True):
-            name = row.request.route or self.draft
-            if choice is None:
-                choice = Choice(name, self.max_gamma) if name is not None and pays[name] else NOTHING
-            planned.append(choice)
+        groups: dict[str, list[int]] = {}
+        for place, row in enumerate(rows):
+            choice, name = self._by_match(row, speed), row.request.route or self.draft
+            planned.append(choice or NOTHING)
+            if choice is None and name is not None:
+                groups.setdefault(name, []).append(place)
+        for name, places in groups.items():
+            if self._pays(name, [rows[place] for place in places], speed):
+                for place in places:
+                    planned[place] = Choice(name, self.max_gamma)
         return planned
 
     def go_on(self, draft: str, rows: Sequence[Live], confidence: Sequence[Sequence[float]]) -> bool:
@@ -149,70 +156,74 @@ class Adaptive:
         steps = max(map(len, confidence))
         for row, values in zip(rows, confidence, strict=True):
             if len(values) == steps:  # others have ended
-                reach = self._stands(row, record)
+                reach = self._stands(row, record, steps)
                 for value in values:
                     reach *= record.probability(value)
                 gain += reach
-        return gain >= self._speed(len(rows)) * self._token_seconds(record, len(rows), steps + 1)
+        return gain >= self._speed() * self._token_seconds(record, steps + 1)
 
     def record(self, round_: Round) -> None:
+        well = round_.tokens >= self._speed() * round_.seconds
         self.verify.add(round_.rows * round_.width, round_.verify_seconds)
         drafting = sum(round_.draft_seconds.values())
         self.other.add(round_.seconds - drafting - round_.verify_seconds)
-        self.tokens = self.tokens * _ROUND_DECAY + round_.tokens
-        self.seconds = self.seconds * _ROUND_DECAY + round_.seconds
-        for name, seconds in round_.step_seconds.items():
-            self.record_of(name).step_seconds.add(seconds)
-        if self.trying and any(any(drafted.kept) for drafted in round_.drafted):
-            self.off = self.wait  # it came out well: again at once
-        self.trying = False
+        tokens, seconds = self.reached.get(round_.rows, (0.0, 0.0))
+        self.reached[round_.rows] = (
+            tokens * _ROUND_DECAY + round_.tokens,
+            seconds * _ROUND_DECAY + round_.seconds,
+        )
+        for name, step in round_.step_seconds.items():
+            self.record_of(name).step_seconds.add(step)
         for drafted in round_.drafted:
             record = self.record_of(drafted.draft)
-            record.by_place += [Share(0.0, 0.0) for _ in range(len(drafted.kept) - len(record.by_place))]
-            for place, (confidence, kept) in enumerate(zip(drafted.confidence, drafted.kept, strict=True)):
-                record.by_confidence[bisect.bisect(_EDGES, confidence)].add(kept)
-                record.by_place[place].add(kept)
-                record.stands.add(kept)
-                if drafted.row in self.rows and (self.ngram is None or drafted.draft != self.ngram[0]):
+            record.judged(drafted.confidence, drafted.kept)
+            if record.trying and well:
+                record.off = record.wait  # it paid: again at once
+            if drafted.row in self.rows and (self.ngram is None or drafted.draft != self.ngram[0]):
+                for kept in drafted.kept:
                     self.rows[drafted.row].add(kept)
+        for record in self.records.values():
+            record.trying = False
 
     def probed(self, tokens: int, seconds: float) -> None:
         self.verify.add(tokens, seconds)
 
-    def _fresh(self, row: Live) -> Share:
+    def _fresh(self, row: Live) -> Average:
         name = row.request.route or self.draft
-        share = 0.75 if name is None else self.record_of(name).stands.value
-        return Share(share * 2 * _PRIOR_TOKENS, 2 * _PRIOR_TOKENS, 0.97)
+        return _share(0.75 if name is None else self.record_of(name).stands.value, 2 * _PRIOR_TOKENS, 0.97)
 
-    def _stands(self, row: Live, record: DraftRecord) -> float:
+    def _stands(self, row: Live, record: DraftRecord, place: int) -> float:
+        """The chance of a token that is not drafted yet, the ones before it standing."""
         share = self.rows.get(row)
-        return record.stands.value if share is None else share.value
+        return min(1.0, (record.stands if share is None else share).value * record.at(place))
 
-    def _speed(self, rows: int) -> float:
-        """Tokens a second that drafting must beat: plain decoding's, or what the last rounds have reached."""
-        plain_s = self.verify(rows) + self.other.value
-        plain = rows / plain_s if plain_s > 0 else 0.0
-        return max(plain, self.tokens / self.seconds if self.seconds > 0 else 0.0)
+    def _speed(self) -> float:
+        """Tokens a second that drafting must beat: plain decoding's, or what the last rounds with as many rows have
+        reached."""
+        plain_s = self.verify(self.planned) + self.other.value
+        plain = self.planned / plain_s if plain_s > 0 else 0.0
+        tokens, seconds = self.reached.get(self.planned, (0.0, 0.0))
+        return max(plain, tokens / seconds if seconds > 0 else 0.0)
 
-    def _token_seconds(self, record: DraftRecord, rows: int, place: int) -> float:
-        """What drafting and verifying the `place`-th token costs more."""
-        more = self.verify(rows * (place + 1)) - self.verify(rows * place)
+    def _token_seconds(self, record: DraftRecord, place: int) -> float:
+        """What drafting and verifying the `place`-th token costs more: all rows of the pass become as wide."""
+        more = self.verify(self.planned * (place + 1)) - self.verify(self.planned * place)
         return record.step_seconds.value + max(more, 0.0)
 
     def _pays(self, name: str, rows: Sequence[Live], speed: float) -> bool:
         """Whether the first drafted token is worth its cost. Where not, it is tried now and then: texts change."""
         record = self.record_of(name)
-        gain = sum(self._stands(row, record) for row in rows)
-        if gain >= speed * self._token_seconds(record, len(rows), 1):
-            self.wait = _PROBE_FIRST
+        gain = sum(self._stands(row, record, 0) for row in rows)
+        if gain >= speed * self._token_seconds(record, 1):
+            record.wait = _PROBE_FIRST
             return True
-        self.off += 1
-        if self.off < self.wait:
+        record.off += 1
+        if record.off < record.wait:
             return False
-        self.off, self.wait, self.trying = 0, min(2 * self.wait, _PROBE_LAST), True
+        record.off, record.wait, record.trying = 0, min(2 * record.wait, _PROBE_LAST), True
         return True
 
-    def _by_match(self, row: Live, speed: float, rows: int) -> Choice | None:
+    def _by_match(self, row: Live, speed: float) -> Choice | None:
         """The n-gram draft, where its match promises more tokens a second than the rest does."""
         if self.ngram is None or row.request.route is not None:
             return None
@@ -225,7 +236,7 @@ class Adaptive:
         for count in range(1, len(tokens) + 1):
             reach *= stands
             expected += reach
-            seconds = self.verify(rows * (count + 1)) + self.other.value
-            if seconds > 0 and rows * expected / seconds > best:
-                best, gamma = rows * expected / seconds, count
+            seconds = self.verify(self.planned * (count + 1)) + self.other.value
+            if seconds > 0 and self.planned * expected / seconds > best:
+                best, gamma = self.planned * expected / seconds, count
         return Choice(name, gamma) if best > speed else None

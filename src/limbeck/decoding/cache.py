@@ -79,18 +79,18 @@ class SlotCache(Cache):
 
     def copy_rows(self, sources: torch.Tensor, targets: torch.Tensor, columns: slice) -> None:
         """Row `sources[i]` becomes row `targets[i]`, in these columns."""
-        for layer in self._used():
+        for layer in self.used():
             layer.keys[targets, :, columns] = layer.keys[sources, :, columns]
             layer.values[targets, :, columns] = layer.values[sources, :, columns]
 
     def move_columns(self, columns: slice, capacity: int) -> None:
         """New buffers of `capacity` columns that begin with these columns of the old ones."""
         self.view.capacity = capacity
-        for layer in self._used():
+        for layer in self.used():
             layer.keys = moved(layer.keys, columns, capacity, axis=2)
             layer.values = moved(layer.values, columns, capacity, axis=2)
 
-    def _used(self) -> list[Any]:
+    def used(self) -> list[Any]:
         """Layers that hold something: one that reads another's keys and values never does."""
         return [layer for layer in self.layers if isinstance(layer, SlotLayer) and layer.is_initialized]
 

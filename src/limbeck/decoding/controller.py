@@ -11,7 +11,7 @@ from limbeck.decoding.live import Live
 
 @dataclass(frozen=True)
 class Choice:
-    """For one row and round: at most `gamma` tokens by the draft of this name; none (0, None): plain decoding."""
+    """For one row and round: at most `gamma` tokens by the draft of this name. `NOTHING`: plain decoding."""
 
     draft: str | None
     gamma: int
@@ -46,6 +46,11 @@ class Round:
 
 
 class Controller(Protocol):
+    @property
+    def names(self) -> Sequence[str]:
+        """The drafts that it chooses by itself, beside those that requests name."""
+        ...
+
     def plan(self, rows: Sequence[Live]) -> list[Choice]:
         """One choice a row, for the next round."""
         ...
@@ -70,6 +75,10 @@ class Fixed:
 
     draft: str | None
     gamma: int
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [] if self.draft is None else [self.draft]
 
     def plan(self, rows: Sequence[Live]) -> list[Choice]:
         names = [row.request.route or self.draft for row in rows]

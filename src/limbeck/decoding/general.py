@@ -103,12 +103,7 @@ class _Drawing(LogitsProcessor):
             yield row, tokens, logprobs, "stop" if stopped else "length"
 
     def _ends(self, tokens: list[int]) -> bool:
-        if tokens[-1] in self.sampling.stop_tokens:
-            return True
-        if not self.sampling.stop_strings:
-            return False
-        text = self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return any(string in text for string in self.sampling.stop_strings)
+        return tokens[-1] in self.sampling.stop_tokens or self.sampling.completes(self.tokenizer, [tokens])[0]
 
 
 class _AllEnded(StoppingCriteria):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,7 +13,8 @@ import torch
 
 from limbeck.decoding.cache import beyond_attention
 from limbeck.decoding.general import write_with_transformers
-from limbeck.decoding.records import Completion, Mix, Prompt, Row
+from limbeck.decoding.modes import evaluating
+from limbeck.decoding.records import Completion, Mix, Prompt, Row, check_prompt
 from limbeck.decoding.sampler import Sampling, stream_key
 from limbeck.decoding.writer import write_in_place
 from limbeck.errors import RolloutError
@@ -73,7 +74,7 @@ def generate(
         batch_size = 256 if sum(p.numel() for model in models for p in model.parameters()) < 100e6 else 64
     with ExitStack() as stack:
         for model in models:
-            stack.enter_context(_evaluating(model))
+            stack.enter_context(evaluating(tuple(model.modules())))
         write = _writer(policy, models, sampling, tokenizer, vocabulary)
         return _write_all(write, rows, batch_size, models[0])
 
@@ -115,19 +116,6 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; each module's mode is as before afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _common_limits(models: list[Any]) -> tuple[int, int | None]:
     """(tokens of the vocabulary, context length or None) of models that write together. RolloutError for a model that
     this engine cannot run, and for two vocabularies."""
@@ -154,13 +142,7 @@ def _check_sampling(sampling: Sampling, tokenizer: Any, vocabulary: int, *, mixe
             "Mix: expected a temperature above 0 and no filter (top_p, top_k, penalties, min_tokens), found one: "
             "a mixture of filtered distributions has no usual meaning"
         )
-    if sampling.stop_strings and tokenizer is None:
-        raise RolloutError("expected a tokenizer, which stop_strings need, found none: pass tokenizer=")
-    outside = [token for token in sampling.stop_tokens if token >= vocabulary]
-    if outside:
-        raise RolloutError(
-            f"expected stop tokens below the vocabulary's {vocabulary}, found {outside}: take those of its tokenizer"
-        )
+    sampling.check(tokenizer, vocabulary)
 
 
 def _prompt_tokens(prompt: Sequence[int] | Prompt, index: int, limit: int | None, vocabulary: int) -> tuple[int, ...]:
@@ -172,15 +154,5 @@ def _prompt_tokens(prompt: Sequence[int] | Prompt, index: int, limit: int | None
             )
         prompt = prompt.tokens
     tokens = tuple(int(token) for token in prompt)
-    if not tokens:
-        raise RolloutError(f"prompt {index}: expected at least one token, found none: begin it with BOS")
-    if limit is not None and len(tokens) >= limit:
-        raise RolloutError(
-            f"prompt {index}: expected fewer tokens than the context's {limit}, found {len(tokens)}: shorten it"
-        )
-    if min(tokens) < 0 or max(tokens) >= vocabulary:
-        outside = next(token for token in tokens if not 0 <= token < vocabulary)
-        raise RolloutError(
-            f"prompt {index}: expected tokens below {vocabulary}, found {outside}: encode it with the model's tokenizer"
-        )
+    check_prompt(tokens, limit, vocabulary, f"prompt {index}: ")
     return tokens

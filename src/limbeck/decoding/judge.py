@@ -8,17 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from limbeck.decoding.drafts import Proposal
-from limbeck.decoding.live import ACCEPT, TARGET, Live, by_shape, random_numbers, served_at
+from limbeck.decoding.drafts import Block
+from limbeck.decoding.live import ACCEPT, TARGET, Live, random_numbers, served_at, shape_of
 from limbeck.decoding.sampler import draw
 from limbeck.decoding.verify import accepts, leading, overlap, residual, residual_of_point
 
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """`accepted` drafted tokens stand; `tokens` are these and one more, with their raw log-probabilities. `alpha` and
-    `alpha_raw` (empty unless asked for): one for each drafted token judged. `error`: why no token can follow them, in
-    which case there is no other after those that stand. `finite`: no NaN, neither there nor in what was rejected."""
+    """The first `accepted` of `tokens` are drafted ones that stand, the last is drawn after them; `logprobs` are raw.
+    `alpha` and `alpha_raw` (empty unless asked for): one for each drafted token judged, a rejected one included.
+    `error`: why a token could not be had; then `tokens` are those before it. `finite`: no NaN in all that was read for
+    the row, behind a rejected token neither."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -29,29 +30,19 @@ class Verdict:
     finite: bool = True
 
 
-def judge(
-    rows: Sequence[Live], logits_BQV: Tensor, drafted: Sequence[tuple[Proposal, int] | None], *, want_raw: bool
-) -> list[Verdict]:
+def judge(rows: Sequence[Live], logits_BQV: Tensor, blocks: Sequence[Block | None], *, want_raw: bool) -> list[Verdict]:
     """One verdict a row. logits_BQV[b, j]: the target's raw logits (float32) at index len(tokens) + j, given the first
-    j of the tokens that the proposal drafted for the row (its place there), or that nobody did (None)."""
+    j tokens of the row's block (None: nobody drafted for it)."""
+    units: dict[object, list[int]] = {}
+    for place, (row, block) in enumerate(zip(rows, blocks, strict=True)):
+        proposal = None if block is None else id(block.proposal)
+        units.setdefault((proposal, shape_of(row.request.sampling)), []).append(place)
     verdicts: dict[int, Verdict] = {}
-    units: dict[int, list[int]] = {}
-    for place, of in enumerate(drafted):
-        units.setdefault(0 if of is None else id(of[0]), []).append(place)
-    for unit in units.values():
-        for group in by_shape([rows[place] for place in unit]):
-            places = [unit[index] for index in group]
-            proposal, lines = None, [0] * len(places)
-            of = drafted[places[0]]
-            if of is not None:
-                proposal = of[0]
-                lines = [of[1] for place in places if (of := drafted[place]) is not None]
-            counts = [len(proposal.tokens[line]) if proposal else 0 for line in lines]
-            width = max(counts) + 1
-            whole = len(places) == len(rows)
-            logits_bqV = (logits_BQV if whole else logits_BQV[places])[:, :width]
-            unit_of = _Unit([rows[place] for place in places], logits_bqV, proposal, lines, counts)
-            verdicts.update(zip(places, unit_of.verdicts(want_raw), strict=True))
+    for places in units.values():
+        logits_bQV = logits_BQV if len(places) == len(rows) else logits_BQV[places]
+        own = [block for place in places if (block := blocks[place]) is not None]  # all of them, or none
+        unit = _Unit([rows[place] for place in places], logits_bQV, own)
+        verdicts.update(zip(places, unit.verdicts(want_raw), strict=True))
     return [verdicts[place] for place in range(len(rows))]
 
 
@@ -66,20 +57,18 @@ def _trouble(logprobs: list[float], served: list[float]) -> tuple[str | None, in
 
 
 class _Unit:
-    """Rows whose tokens one proposal drafted, and whose distributions have one shape."""
+    """Rows whose tokens one proposal drafted, or nobody, and whose distributions have one shape."""
 
-    def __init__(
-        self, rows: list[Live], logits_bqV: Tensor, proposal: Proposal | None, lines: list[int], counts: list[int]
-    ) -> None:
+    def __init__(self, rows: list[Live], logits_bQV: Tensor, blocks: list[Block]) -> None:
         self.rows = rows
-        self.logits_bqV = logits_bqV
-        self.proposal = proposal
-        self.lines = lines
-        self.counts = counts
-        self.texts = [proposal.tokens[line] for line in lines] if proposal else [[] for _ in rows]
-        self.most = logits_bqV.shape[1] - 1
+        self.proposal = blocks[0].proposal if blocks else None
+        self.lines = [block.line for block in blocks]
+        self.texts = [block.tokens for block in blocks] or [[] for _ in rows]
+        self.counts = [len(text) for text in self.texts]
+        self.most = max(self.counts)
+        self.logits_bqV = logits_bQV[:, : self.most + 1]
         padded = [[*text, *[0] * (self.most - len(text))] for text in self.texts]
-        self.drafted_bg = torch.tensor(padded, dtype=torch.long, device=logits_bqV.device)
+        self.drafted_bg = torch.tensor(padded, dtype=torch.long, device=logits_bQV.device)
 
     def verdicts(self, want_raw: bool) -> list[Verdict]:
         width = self.most + 1

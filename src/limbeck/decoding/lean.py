@@ -74,9 +74,9 @@ def _joined(layers: list[Any], weights: str, new: Callable[[Any], Any]) -> Produ
             return layers[0]
         return lambda hidden: torch.cat([layer(hidden) for layer in layers], -1)
     weight = torch.cat([new(layer.weight).detach() for layer in layers])
-    biases = [torch.zeros(layer.out_features) if layer.bias is None else new(layer.bias) for layer in layers]
+    biases = [weight.new_zeros(layer.out_features) if layer.bias is None else new(layer.bias) for layer in layers]
     some = any(layer.bias is not None for layer in layers)
-    return Packed(weight, torch.cat([bias.detach() for bias in biases]) if some else None, weights)
+    return Packed(weight, torch.cat([bias.detach() for bias in biases]) if some else None)
 
 
 class Lean:

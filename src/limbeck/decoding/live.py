@@ -41,11 +41,11 @@ class Live:
         return self.limit - len(self.tokens)
 
 
-def random_numbers(rows: Sequence[Live], kind: int, width: int, offset: int = 0) -> Tensor:
-    """(B, width) in [0, 1), float64: those of the indices len(tokens) + offset, ... of each row. They depend on the
-    request and the index alone."""
+def random_numbers(rows: Sequence[Live], kind: int, width: int) -> Tensor:
+    """(B, width) in [0, 1), float64: those of the indices len(tokens), len(tokens) + 1, ... of each row. They depend on
+    the request and the index alone."""
     keys_2B1 = torch.tensor([row.keys[kind] for row in rows]).T[..., None]
-    first_B1 = torch.tensor([[len(row.tokens) - row.prompt + offset] for row in rows])
+    first_B1 = torch.tensor([[len(row.tokens) - row.prompt] for row in rows])
     return uniforms(keys_2B1[0], keys_2B1[1], first_B1 + torch.arange(width))
 
 
@@ -82,9 +82,7 @@ def served_at(
     `ids_V`: the tokens that the columns stand for, of a vocabulary of `size`; None: all of them, in order.
     """
     sampling = contexts[0][0].request.sampling
-    early = bool(sampling.stop_tokens) and any(
-        len(row.tokens) - row.prompt + len(drafted) < sampling.min_tokens for row, drafted in contexts
-    )
+    early = any(sampling.early(len(row.tokens) - row.prompt + len(drafted)) for row, drafted in contexts)
     if not (sampling.penalises or early):
         return served_logits(logits_NV, sampling)
     history = _history(contexts, logits_NV.device)

@@ -75,7 +75,7 @@ class RaggedCache:
     @property
     def written(self) -> bool:
         """Whether anything has ever been read."""
-        return bool(self._layers())
+        return bool(self.cache.used())
 
     def copy_row(self, source: int, target: int) -> None:
         """Slot `target` becomes what slot `source` is, where both have been written."""
@@ -86,11 +86,8 @@ class RaggedCache:
     def forget(self, slot: int | None = None, start: int = 0) -> None:
         """Zeros in a slot (None: in all) from a column on. A mask hides numbers, but not NaN: 0 times NaN is NaN."""
         rows = slice(None) if slot is None else slice(slot, slot + 1)
-        for layer in self._layers():
+        for layer in self.cache.used():
             layer.keys[rows, :, start:] = layer.values[rows, :, start:] = 0
-
-    def _layers(self) -> list[Any]:
-        return [layer for layer in self.cache.layers if isinstance(layer, RaggedLayer) and layer.is_initialized]
 
     def _reserve(self, slots: int, end: int) -> None:
         view = self.view
@@ -102,7 +99,7 @@ class RaggedCache:
         if end > columns:
             columns = end + max(_GROWTH, end // 2)
         view.slots, view.capacity = slots, columns
-        for layer in self._layers():
+        for layer in self.cache.used():
             layer.keys, layer.values = (_grown(buffer, slots, columns) for buffer in (layer.keys, layer.values))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from limbeck.decoding.cache import beyond_attention
 from limbeck.decoding.lean import Lean, is_lean
+from limbeck.decoding.modes import evaluating
 from limbeck.decoding.packed import FEW_ROWS, check_packing, install, pack
 from limbeck.decoding.ragged_cache import RaggedCache, causal_mask
 from limbeck.errors import RolloutError
@@ -45,11 +46,12 @@ class Reader:
         self.device: torch.device = self.embedding.weight.device
         self.weights = weights
         check_packing(weights, self.device)
-        check_head(self.model)
         self.rows = RaggedCache()
         self.lean: Lean | None = None
-        if is_lean(self.body) and self._lean_gives_the_same():
-            self.lean = Lean(self.body, self.rows, "own")
+        with evaluating(tuple(self.model.modules())):
+            check_head(self.model)
+            if is_lean(self.body) and self._lean_gives_the_same():
+                self.lean = Lean(self.body, self.rows, "own")
         self.pack()()
 
     def read(
@@ -100,7 +102,6 @@ class Reader:
         layers = pack(self.body, self.weights, new)
         return lambda: install(self.body, layers)
 
-    @torch.no_grad()
     def _lean_gives_the_same(self) -> bool:
         """Tries both ways on three tokens after six others."""
         lean, tokens = Lean(self.body, self.rows, "own"), list(range(1, 10))

@@ -18,6 +18,22 @@ class Prompt:
     extras: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
+def check_prompt(tokens: Sequence[int], limit: int | None, vocabulary: int, whose: str = "") -> None:
+    """RolloutError, which begins with `whose`, unless a completion can follow these tokens: there is one at least, the
+    context's `limit` (None: none) leaves room, all are the vocabulary's."""
+    if not tokens:
+        raise RolloutError(f"{whose}expected at least one token, found none: begin it with BOS")
+    if limit is not None and len(tokens) >= limit:
+        raise RolloutError(
+            f"{whose}expected fewer tokens than the context's {limit}, found {len(tokens)}: shorten the prompt"
+        )
+    if min(tokens) < 0 or max(tokens) >= vocabulary:
+        outside = next(token for token in tokens if not 0 <= token < vocabulary)
+        raise RolloutError(
+            f"{whose}expected tokens below {vocabulary}, found {outside}: encode it with the model's tokenizer"
+        )
+
+
 @dataclass(frozen=True)
 class Mix:
     """A policy of two models in lockstep: each token is drawn from share * teacher + (1 - share) * student, after the

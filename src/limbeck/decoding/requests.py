@@ -22,6 +22,8 @@ class Request:
     """One completion to write. `sampling.n` is 1: a caller that wants several adds several, with `sample` 0, 1, ...
 
     `sampling.seed`, `stream` and `sample` fix the random numbers, whatever else is served beside it (as in `generate`).
+    Which tokens they draw depends on what is drafted, too: a sampled completion repeats where its drafts do (they do
+    not with a controller that measures, or n-grams of other requests), its distribution is the same in any case.
     `route` names the draft, None: the controller's choice. `train` false keeps the request out of every observation.
     `keep_all` is not read here: it tells the observer to keep all verified positions, not the rejected alone.
     """
@@ -78,10 +80,11 @@ class Observed:
         first `verified` indices were judged; of the index after (bonus, or no draft at all) only the target's
         distribution is known. Tokens drafted behind the end of the completion are not here.
     alpha, alpha_raw: sum_v min(p, q) at each verified index, as served, and at temperature 1 unfiltered.
-    hidden_TF: where a draft reads the target's hidden states, side by side for the layers of `Engine.taps`: those of
-        the columns that the pass has read for good, [start + n - 1 - T, start + n - 1). What the target makes of token
-        c stands in column c and predicts index c + 1, so the last n rows belong to the n indices. T is n, but the whole
-        prompt in the pass that reads it: the pieces of a request follow each other without gap. A view too.
+    hidden_TF: where any draft reads the target's hidden states, those of all layers of `Engine.taps` side by side in
+        that order (a draft reads those of its own `taps`), at the columns that the pass has read for good, which are
+        [start + n - 1 - T, start + n - 1). Column c holds what the target makes of the tokens [0, c], from which it
+        predicts index c + 1: the last n rows belong to the n indices. T is n, but in the pass that reads the prompt the
+        prompt's length: the pieces of a request follow each other without gap. A view too.
     draft, version: who drafted; None and 0 where nobody did.
     """
 

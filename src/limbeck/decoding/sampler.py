@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from limbeck.errors import RecipeError
+from limbeck.errors import RecipeError, RolloutError
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -87,6 +88,33 @@ class Sampling:
             or self.frequency_penalty != 0.0
             or self.no_repeat_ngram_size > 0
         )
+
+    def early(self, written: int) -> bool:
+        """Whether a completion of so many tokens is too short to stop."""
+        return bool(self.stop_tokens) and written < self.min_tokens
+
+    @property
+    def tail(self) -> int:
+        """Tokens whose text holds any stop string: a token is at least a byte, but for a few marks."""
+        return max((len(string.encode()) for string in self.stop_strings), default=0) + 8
+
+    def completes(self, tokenizer: Any, completions: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether a stop string stands at the end of each completion, of which the last `tail` tokens suffice."""
+        if not self.stop_strings:
+            return [False] * len(completions)
+        tails = [list(tokens[-self.tail :]) for tokens in completions]
+        texts = tokenizer.batch_decode(tails, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return [any(string in text for string in self.stop_strings) for text in texts]
+
+    def check(self, tokenizer: Any, vocabulary: int) -> None:
+        """RolloutError for stop tokens outside the vocabulary, and for stop strings without a tokenizer."""
+        if self.stop_strings and tokenizer is None:
+            raise RolloutError("expected a tokenizer, which stop_strings need, found none: pass tokenizer=")
+        outside = [token for token in self.stop_tokens if token >= vocabulary]
+        if outside:
+            raise RolloutError(
+                f"expected stop tokens below the vocabulary's {vocabulary}, found {outside}: take its tokenizer's"
+            )
 
 
 _LEAST = {"max_tokens": 0, "top_k": 0, "n": 1, "min_tokens": 0, "no_repeat_ngram_size": 0}

@@ -5,24 +5,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from limbeck.decoding.controller import Controller, Drafted, Fixed, Round
-from limbeck.decoding.drafts import Draft, Proposal
+from limbeck.decoding.drafts import Block, Draft
 from limbeck.decoding.judge import Verdict, judge
 from limbeck.decoding.live import Live
+from limbeck.decoding.modes import evaluating
 from limbeck.decoding.reader import Reader
-from limbeck.decoding.records import Completion
+from limbeck.decoding.records import Completion, check_prompt
 from limbeck.decoding.requests import Event, FinishReason, Observation, Observed, Observer, Request
 from limbeck.decoding.sampler import Sampling
-from limbeck.errors import RolloutError
-from limbeck.models import vocabulary_rows
+from limbeck.errors import PreflightError, RolloutError
 
 _PREFILL_TOKENS = 4096  # prompt tokens, padding included, in one forward: those who are being served wait for it
 
@@ -45,7 +43,8 @@ class Engine:
     wait. observer: is shown every pass of the target, inside `step`.
 
     `add` and `cancel` may be called from other threads than the one that calls `step`. Raises RolloutError for a target
-    that it cannot run (see `Reader`), PreflightError for a draft of another vocabulary.
+    that it cannot run (see `Reader`), PreflightError for a draft of another vocabulary and for a controller's choice of
+    a draft that is not there.
     """
 
     def __init__(
@@ -59,12 +58,20 @@ class Engine:
         observer: Observer | None = None,
     ) -> None:
         self.reader = Reader(target)
-        self.vocabulary = vocabulary_rows(target) or self.reader.embedding.weight.shape[0]
+        self.modules = tuple(self.reader.model.modules())
+        self.vocabulary = self.reader.head.size
         self.tokenizer = tokenizer
         self.drafts = dict(drafts)
         for draft in self.drafts.values():
             draft.bind(self.vocabulary)
         self.taps = tuple(sorted({tap for draft in self.drafts.values() for tap in draft.taps}))
+        self.own_taps = {name: [self.taps.index(tap) for tap in draft.taps] for name, draft in self.drafts.items()}
+        unknown = [name for name in controller.names if name not in self.drafts]
+        if unknown:
+            known = ", ".join(self.drafts) or "none"
+            raise PreflightError(
+                f"controller: expected the engine's drafts ({known}), found {unknown[0]}: add it to them"
+            )
         self.controller = controller
         self.max_batch = max_batch
         self.observer = observer
@@ -79,25 +86,14 @@ class Engine:
     def add(self, request: Request) -> None:
         """Takes a request in. RolloutError for one that cannot be served: no tokens, too many, others than the
         vocabulary's, more than one sample, a route without draft."""
-        sampling, limit = request.sampling, self.reader.limit
-        if not request.tokens:
-            raise RolloutError("expected at least one token in the prompt, found none: begin it with BOS")
-        if limit is not None and len(request.tokens) >= limit:
-            raise RolloutError(
-                f"expected fewer tokens than the context's {limit}, found {len(request.tokens)}: shorten the prompt"
-            )
-        outside = [token for token in (*request.tokens, *sampling.stop_tokens) if not 0 <= token < self.vocabulary]
-        if outside:
-            raise RolloutError(
-                f"expected tokens below the vocabulary's {self.vocabulary}, found {outside[0]}: use its tokenizer"
-            )
+        sampling = request.sampling
+        check_prompt(request.tokens, self.reader.limit, self.vocabulary)
+        sampling.check(self.tokenizer, self.vocabulary)
         if sampling.n != 1 or sampling.max_tokens < 1:
             raise RolloutError(
                 f"expected n = 1 and max_tokens of at least 1, found {sampling.n} and {sampling.max_tokens}: add a "
                 "request for each sample"
             )
-        if sampling.stop_strings and self.tokenizer is None:
-            raise RolloutError("expected a tokenizer, which stop_strings need, found none: give the engine one")
         if request.route is not None and request.route not in self.drafts:
             known = ", ".join(self.drafts) or "none"
             raise RolloutError(f"expected the route of a draft ({known}), found {request.route!r}: leave it out")
@@ -111,12 +107,12 @@ class Engine:
     def busy(self) -> bool:
         return bool(self.rows or self.waiting or self.cancelled)
 
-    @torch.no_grad()
     def probe(self, widths: Sequence[int] = (1, 2, 4, 6, 8, 12, 16)) -> None:
         """Tells the controller what passes of the target cost. To be called before anything is served."""
-        with _evaluating(self.reader.model):
+        limit = self.reader.limit
+        with evaluating(self.modules):
             self.reader.read([0], [[0]], [0])
-            for width in widths:
+            for width in [width for width in widths if limit is None or width < limit]:
                 seconds: list[float] = []
                 for _ in range(2):
                     start = perf_counter()
@@ -124,15 +120,15 @@ class Engine:
                     self.reader.logits(hidden_BQH[0])
                     seconds.append(perf_counter() - start)
                 self.controller.probed(width, min(seconds))
+            self.reader.rows.forget(0)
 
     # -- a round -----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self) -> list[Event]:
         """One round: waiting requests are read, each request that is served gets at least one token."""
         start, timed = perf_counter(), self._timed()
-        events = self._drop_cancelled()
-        with _evaluating(self.reader.model):
+        with evaluating(self.modules):
+            events = self._drop_cancelled()
             events += self._admit()
             if self.rows:
                 events += self._round()
@@ -181,25 +177,25 @@ class Engine:
         logits_B1V = self.reader.logits(last_BH)[:, None]
         self.seconds.prefill += perf_counter() - start
         self.rows += joining
-        return self._settle(joining, logits_B1V, [None] * len(joining), [0] * len(joining), tapped_BTF)[0]
+        return self._settle(joining, [None] * len(joining), logits_B1V, [0] * len(joining), tapped_BTF)[0]
 
     def _round(self) -> list[Event]:
         begin = perf_counter()
         rows = list(self.rows)
-        drafted, names, costs, steps = self._propose(rows)
-        texts = [[row.tokens[-1], *(of[0].tokens[of[1]] if of else ())] for row, of in zip(rows, drafted, strict=True)]
+        blocks, costs, steps = self._propose(rows)
+        texts = [[row.tokens[-1], *(block.tokens if block else ())] for row, block in zip(rows, blocks, strict=True)]
         start = perf_counter()
         starts = [len(row.tokens) - 1 for row in rows]
         hidden_BQH, tapped_BQF = self._read(rows, texts, starts)
         logits_BQV = self.reader.logits(hidden_BQH.flatten(0, 1)).unflatten(0, hidden_BQH.shape[:2])
         verify_s = perf_counter() - start
         self.seconds.verify += verify_s
-        events, verdicts = self._settle(rows, logits_BQV, drafted, starts, tapped_BQF, names)
+        events, verdicts = self._settle(rows, blocks, logits_BQV, starts, tapped_BQF)
         seen: list[Drafted] = []
-        for row, of, name, verdict in zip(rows, drafted, names, verdicts, strict=True):
-            if of is not None and name is not None:
+        for row, block, verdict in zip(rows, blocks, verdicts, strict=True):
+            if block is not None:
                 kept = [place < verdict.accepted for place in range(len(verdict.alpha))]
-                seen.append(Drafted(row, name, of[0].confidence[of[1]][: len(kept)], kept))
+                seen.append(Drafted(row, block.name, block.confidence[: len(kept)], kept))
         tokens = sum(len(event.tokens) for event in events)
         seconds = perf_counter() - begin
         self.controller.record(Round(len(rows), logits_BQV.shape[1], tokens, seconds, verify_s, costs, steps, seen))
@@ -214,13 +210,10 @@ class Engine:
             row.counters.rounds += 1
         return self.reader.read([row.slot for row in rows], texts, starts, self.taps)
 
-    def _propose(
-        self, rows: list[Live]
-    ) -> tuple[list[tuple[Proposal, int] | None], list[str | None], dict[str, float], dict[str, float]]:
-        """(each row's proposal and its place there, who made it; by draft its seconds, and those of one more step)."""
+    def _propose(self, rows: list[Live]) -> tuple[list[Block | None], dict[str, float], dict[str, float]]:
+        """(what each row is given, by draft its seconds, and those of one more step of it)."""
         choices = self.controller.plan(rows)
-        drafted: list[tuple[Proposal, int] | None] = [None] * len(rows)
-        names: list[str | None] = [None] * len(rows)
+        blocks: list[Block | None] = [None] * len(rows)
         costs: dict[str, float] = {}
         steps: dict[str, float] = {}
         groups: dict[str, list[int]] = {}
@@ -238,101 +231,115 @@ class Engine:
             if proposal.finite:
                 for line, place in enumerate(places):
                     if proposal.tokens[line]:
-                        drafted[place], names[place] = (proposal, line), name
+                        blocks[place] = Block(name, proposal, line)
             else:
                 draft.benched = True
             costs[name] = perf_counter() - start
             if proposal.step_seconds is not None:
                 steps[name] = proposal.step_seconds
             self.seconds.draft += costs[name]
-        return drafted, names, costs, steps
+        return blocks, costs, steps
 
     # -- what comes of a pass ----------------------------------------------------------------------------------------
 
     def _settle(
         self,
         rows: Sequence[Live],
+        blocks: Sequence[Block | None],
         logits_BQV: Tensor,
-        drafted: Sequence[tuple[Proposal, int] | None],
         starts: Sequence[int],
         tapped_BQF: Tensor | None,
-        names: Sequence[str | None] | None = None,
     ) -> tuple[list[Event], list[Verdict]]:
         """Gives each row its tokens; those that end leave. The pass has read the columns from `starts` on."""
         watched = self.observer is not None and any(row.request.train for row in rows)
-        verdicts = judge(rows, logits_BQV, drafted, want_raw=watched)
+        verdicts = judge(rows, logits_BQV, blocks, want_raw=watched)
         events: list[Event] = []
         observed: list[Observed] = []
-        for place, (row, verdict, of) in enumerate(zip(rows, verdicts, drafted, strict=True)):
+        for place, (row, verdict, block) in enumerate(zip(rows, verdicts, blocks, strict=True)):
             before = len(row.tokens)
-            if verdict.error is not None and not verdict.finite and of is not None:
+            if verdict.error is not None and not verdict.finite and block is not None:
                 # NaN may come of a drafted token, and then reaches the ones before it: once more, without any.
-                row.alone, of = True, None
-                verdict = verdicts[place] = replace(
-                    verdict, tokens=[], logprobs=[], accepted=0, alpha=[], alpha_raw=[], error=None
-                )
-            kept, reason = self._written(row, verdict)
-            accepted, judged = min(verdict.accepted, kept), min(len(verdict.alpha), kept)
-            row.tokens += verdict.tokens[:kept]
-            counters = row.counters
-            counters.drafted += len(of[0].tokens[of[1]]) if of else 0
-            counters.accepted += accepted
-            counters.verified += judged
-            counters.alpha_sum += sum(verdict.alpha[:judged])
-            last = reason is not None
-            tokens, logprobs = verdict.tokens[:kept], verdict.logprobs[:kept]
-            error = verdict.error if reason == "error" else None
-            events.append(Event(row.request.id, tokens, logprobs, reason, counters if last else None, error))
+                row.alone, block = True, None
+                verdict = verdicts[place] = Verdict([], [], 0, [], [], finite=False)
+            event = self._give(row, verdict, block)
+            events.append(event)
+            kept = len(event.tokens)
             hidden_TF = None
             if tapped_BQF is not None:
                 hidden_TF = tapped_BQF[place, : before - starts[place] + kept - 1]
             if watched and row.request.train and kept:
-                name = None if names is None else names[place]
-                observed.append(
-                    Observed(
-                        row.request,
-                        row.tokens,
-                        before,
-                        logits_BQV[place, :kept],
-                        tuple(of[0].tokens[of[1]][:judged]) if of else (),
-                        accepted,
-                        tuple(verdict.alpha[:judged]),
-                        tuple(verdict.alpha_raw[:judged]),
-                        hidden_TF,
-                        name,
-                        self.drafts[name].version if name is not None else 0,
-                    )
-                )
-            if not last:
-                for draft in self.drafts.values():
-                    draft.settle(row, before + accepted, hidden_TF)
+                observed.append(self._observed(row, verdict, block, before, logits_BQV[place, :kept], hidden_TF))
+            if event.finish_reason is None:
+                for name, draft in self.drafts.items():
+                    draft.settle(row, before + min(verdict.accepted, kept), self._tapped_by(name, hidden_TF))
         if self.observer is not None and observed:
             self.observer(Observation(observed))
+        # Nobody moves into another slot before all NaN is gone: it would move along.
         for row, verdict, event in zip(rows, verdicts, events, strict=True):
             if not verdict.finite:
                 self.reader.rows.forget(row.slot, 0 if event.finish_reason else len(row.tokens) - 1)
+        for row, event in zip(rows, events, strict=True):
             if event.finish_reason is not None:
                 self._leave(row)
         return events, verdicts
 
+    def _give(self, row: Live, verdict: Verdict, block: Block | None) -> Event:
+        """The tokens that the completion takes are the row's now, and counted."""
+        kept, reason = self._written(row, verdict)
+        tokens, judged = verdict.tokens[:kept], min(len(verdict.alpha), kept)
+        row.tokens += tokens
+        counters = row.counters
+        counters.drafted += len(block.tokens) if block else 0
+        counters.accepted += min(verdict.accepted, kept)
+        counters.verified += judged
+        counters.alpha_sum += sum(verdict.alpha[:judged])
+        error = verdict.error if reason == "error" else None
+        return Event(row.request.id, tokens, verdict.logprobs[:kept], reason, counters if reason else None, error)
+
+    def _observed(
+        self,
+        row: Live,
+        verdict: Verdict,
+        block: Block | None,
+        start: int,
+        logits_nV: Tensor,
+        hidden_TF: Tensor | None,
+    ) -> Observed:
+        judged = min(len(verdict.alpha), len(logits_nV))
+        return Observed(
+            row.request,
+            row.tokens,
+            start,
+            logits_nV,
+            drafted=tuple(block.tokens[:judged]) if block else (),
+            accepted=min(verdict.accepted, len(logits_nV)),
+            alpha=tuple(verdict.alpha[:judged]),
+            alpha_raw=tuple(verdict.alpha_raw[:judged]),
+            hidden_TF=hidden_TF,
+            draft=block.name if block else None,
+            version=self.drafts[block.name].version if block else 0,
+        )
+
+    def _tapped_by(self, name: str, hidden_TF: Tensor | None) -> Tensor | None:
+        """What one draft reads of the hidden states of all `taps`."""
+        own = self.own_taps[name]
+        if hidden_TF is None or not own:
+            return None
+        if own == list(range(len(self.taps))):
+            return hidden_TF
+        return hidden_TF.unflatten(-1, (len(self.taps), -1))[:, own].flatten(1)
+
     def _written(self, row: Live, verdict: Verdict) -> tuple[int, FinishReason | None]:
         """(how many of the verdict's tokens the completion takes, why it ends with them or None)."""
         sampling, tokens = row.request.sampling, verdict.tokens
+        written = row.tokens[row.prompt :][-sampling.tail :] if sampling.stop_strings else []
         for place, token in enumerate(tokens):
-            if token in sampling.stop_tokens or (sampling.stop_strings and self._completes(row, tokens[: place + 1])):
+            written.append(token)
+            if token in sampling.stop_tokens or sampling.completes(self.tokenizer, [written])[0]:
                 return place + 1, "stop"
             if place + 1 == row.left:
                 return place + 1, "length"
         return len(tokens), None if verdict.error is None else "error"
-
-    def _completes(self, row: Live, new: list[int]) -> bool:
-        """Whether a stop string stands in the text that ends with these tokens."""
-        strings = row.request.sampling.stop_strings
-        written = row.tokens[row.prompt :] + new
-        # A token is at least a byte of text, but for a few marks.
-        tail = written[-(max(len(string.encode()) for string in strings) + 8) :]
-        text = self.tokenizer.decode(tail, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return any(string in text for string in strings)
 
     def _leave(self, row: Live) -> None:
         """The last row takes the slot."""
@@ -346,16 +353,6 @@ class Engine:
             draft.move(mover.slot, row.slot)
         self.rows[row.slot] = mover
         mover.slot = row.slot
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module):
-    training = model.training
-    model.eval() if training else None
-    try:
-        yield
-    finally:
-        model.train() if training else None
 
 
 def speculate(

@@ -100,8 +100,6 @@ class _Writer:
         # Per slot: first, start, key, gamma of its row.
         self.numbers_4S = torch.zeros(4, slots, dtype=torch.long, device=self.device)
         self.stops = torch.tensor(sampling.stop_tokens, dtype=torch.long, device=self.device)
-        tail = max((len(string.encode()) for string in sampling.stop_strings), default=0)
-        self.tail = tail + 8  # tokens whose text is searched: a token is at least a byte, but for a few marks
 
     def run(self) -> None:
         slots = self.view.slots
@@ -191,8 +189,7 @@ class _Writer:
 
     def _early(self, rows: slice) -> bool:
         """Whether a row is still too short to stop."""
-        least = self.sampling.min_tokens if self.sampling.stop_tokens else 0
-        return any(self.column - row.start < least for row in self.batch[rows])
+        return any(self.sampling.early(self.column - row.start) for row in self.batch[rows])
 
     def _retire(self) -> None:
         """Rows that have ended leave, and the last ones of the batch take their slots."""
@@ -229,11 +226,10 @@ class _Writer:
             if hit_B.any():
                 stopped.update(hit_B.nonzero()[:, 0].tolist())
         if self.sampling.stop_strings:
-            newest = self.tokens_ST[:active, max(0, column + 1 - self.tail) : column + 1].tolist()
+            newest = self.tokens_ST[:active, max(0, column + 1 - self.sampling.tail) : column + 1].tolist()
             tails = [tokens[-(self.column + 1 - row.start) :] for tokens, row in zip(newest, self.batch, strict=True)]
-            texts = self.tokenizer.batch_decode(tails, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            strings = self.sampling.stop_strings
-            stopped.update(slot for slot, text in enumerate(texts) if any(string in text for string in strings))
+            completed = self.sampling.completes(self.tokenizer, tails)
+            stopped.update(slot for slot, ended in enumerate(completed) if ended)
         return stopped
 
     def _finish(self, slot: int, reason: Literal["stop", "length"]) -> None:

@@ -1,31 +1,31 @@
 """Deterministic evaluation: scores with paired intervals, distance to held-out text and teacher, exposure bias,
 calibration, speed."""
 
-from limbeck.evaluation.at_k import final_answer, majority_at_k, pass_at_k
-from limbeck.evaluation.calibration import Calibration, calibration, label_calibration, token_calibration
-from limbeck.evaluation.evaluate import Scores, evaluate, references_of
-from limbeck.evaluation.exposure import Exposure, exposure
-from limbeck.evaluation.held_out import held_out
+from limbeck.evaluation.at_k import FINAL_ANSWERS, final_answer, majority_at_k, pass_at_k
+from limbeck.evaluation.calibration import label_calibration, labelled, token_calibration
+from limbeck.evaluation.evaluate import Metrics, Scores, build_metrics, evaluate
+from limbeck.evaluation.exposure import exposure
+from limbeck.evaluation.held_out import HELD_OUT, held_out, held_out_intervals
 from limbeck.evaluation.speed import speed
-from limbeck.evaluation.statistics import Difference, Interval, mean_interval, paired_difference
+from limbeck.evaluation.statistics import mean_interval, paired_difference
 
 __all__ = [
-    "Calibration",
-    "Difference",
-    "Exposure",
-    "Interval",
+    "FINAL_ANSWERS",
+    "HELD_OUT",
+    "Metrics",
     "Scores",
-    "calibration",
+    "build_metrics",
     "evaluate",
     "exposure",
     "final_answer",
     "held_out",
+    "held_out_intervals",
     "label_calibration",
+    "labelled",
     "majority_at_k",
     "mean_interval",
     "paired_difference",
     "pass_at_k",
-    "references_of",
     "speed",
     "token_calibration",
 ]

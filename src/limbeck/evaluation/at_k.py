@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
-from limbeck.scoring import final_number, normalised
+from limbeck.scoring import final_number, given_answer, normalised
+
+FINAL_ANSWERS: dict[str, Callable[[str], Hashable | None]] = {
+    "numeric_answer": final_number,
+    "accuracy": final_number,
+    "exact_match": normalised,
+    "reasoning_gym": given_answer,
+}
+"""By metric, the answer that it finds in a completion; other metrics of RIGHT_OR_WRONG know none."""
 
 
 def pass_at_k(correct_SP: np.ndarray, k: int) -> np.ndarray:
@@ -36,10 +44,9 @@ def majority_at_k(correct_SP: np.ndarray, answers: Sequence[Sequence[Hashable | 
 
 
 def final_answer(metric: str, completion: str) -> Hashable | None:
-    """What a completion votes for: its final number for GSM8K's metrics, else its text as `exact_match` compares it."""
-    if metric in ("numeric_answer", "accuracy"):
-        return final_number(completion)
-    return normalised(completion) or None
+    """What a completion votes for, by an entry of FINAL_ANSWERS; None where it gives no answer."""
+    answer = FINAL_ANSWERS[metric](completion)
+    return None if answer == "" else answer
 
 
 def _vote(ballots: Sequence[tuple[Any, float]]) -> float:

@@ -11,7 +11,7 @@ import torch
 
 from limbeck.data import dataset_rollout, render
 from limbeck.errors import DataError
-from limbeck.evaluation.held_out import device_batches, evaluating
+from limbeck.evaluation.held_out import device_batches, evaluating, row_sums
 from limbeck.models import completion_hidden
 from limbeck.ops.chunked import CHUNK_TOKENS, head_logits, linear_terms
 from limbeck.scoring import references_in
@@ -32,15 +32,15 @@ class Calibration:
     bins: list[dict[str, float]]
 
 
-def calibration(confidence_N: np.ndarray, correct_N: np.ndarray, bins: int = BINS) -> Calibration:
-    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599): sum over `bins` bins of equal width,
+def calibration(confidence_N: np.ndarray, correct_N: np.ndarray) -> Calibration:
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599): sum over BINS bins of equal width,
     (low, high], of their share of the predictions times |accuracy - confidence|. DataError without predictions."""
     if not len(confidence_N):
         raise DataError("expected at least one prediction to calibrate, found none")
-    edges = np.linspace(0, 1, bins + 1)
+    edges = np.linspace(0, 1, BINS + 1)
     bin_N = np.digitize(confidence_N, edges[1:-1], right=True)
-    counts = np.bincount(bin_N, minlength=bins)
-    confidences, rights = (np.bincount(bin_N, values_N, minlength=bins) for values_N in (confidence_N, correct_N))
+    counts = np.bincount(bin_N, minlength=BINS)
+    confidences, rights = (np.bincount(bin_N, values_N, minlength=BINS) for values_N in (confidence_N, correct_N))
     found = [
         {
             "low": float(edges[place]),
@@ -90,22 +90,14 @@ def label_calibration(
     tokens without the end), and whether it is the right one. As for SST2 and BoolQ in MiniLLM (arXiv 2306.08543,
     table 2). Raises DataError for rows that lack one of these.
     """
-    right = [_right_label(row, number) for number, row in enumerate(rows, 1)]
-    filled = [{"prompt": row["prompt"], "completion": label} for row in rows for label in row["labels"]]
-    examples, summary = render(filled, tokenizer, template=template, context=context)
-    if summary.shortened:
-        raise DataError(
-            f"labels: expected prompt and label within the model's context of {context} tokens, found "
-            f"{summary.shortened} that are longer: take them out"
-        )
+    right, examples = labelled(tokenizer, rows, template=template, context=context)
     logprobs = np.zeros(len(examples))
     rollouts = [_without_end(example) for example in examples]
     with evaluating(model):
         for places, batch in device_batches(model, rollouts, tokenizer.pad_token_id, batch_tokens):
             hidden_NH, tokens_N, head = completion_hidden(model, batch)
             nll_N = linear_terms(hidden_NH, head, None, tokens_N).loss_N.double().cpu().numpy()
-            row_N = batch["learnt"][:, 1:].nonzero(as_tuple=True)[0].cpu().numpy()
-            logprobs[places] = -np.bincount(row_N, nll_N, minlength=len(places))
+            logprobs[places] = -row_sums(batch, nll_N)
     confidence, correct = [], []
     for place, of_row in zip(
         right, np.split(logprobs, np.cumsum([len(row["labels"]) for row in rows])[:-1]), strict=True
@@ -114,6 +106,22 @@ def label_calibration(
         confidence.append(probabilities.max())
         correct.append(float(probabilities.argmax() == place))
     return calibration(np.array(confidence), np.array(correct))
+
+
+def labelled(
+    tokenizer: Any, rows: Sequence[Mapping[str, Any]], *, template: str | None = None, context: int | None = None
+) -> tuple[list[int], list[Example]]:
+    """The right label's place in each row, and prompt and label for every label of every row. DataError as
+    `label_calibration` says, before a model is run."""
+    right = [_right_label(row, number) for number, row in enumerate(rows, 1)]
+    filled = [{"prompt": row["prompt"], "completion": label} for row in rows for label in row["labels"]]
+    examples, summary = render(filled, tokenizer, template=template, context=context)
+    if summary.shortened:
+        raise DataError(
+            f"labels: expected prompt and label within the model's context of {context} tokens, found "
+            f"{summary.shortened} that are longer: take them out"
+        )
+    return right, examples
 
 
 def _right_label(row: Mapping[str, Any], number: int) -> int:

@@ -8,10 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.data import completion_text
+from limbeck.data import completion_text, plain_text
 from limbeck.decoding import Completion, Sampling, generate
 from limbeck.errors import DataError, RecipeError
-from limbeck.scoring import CORPUS_SCORES, build_reward, check_reward, needs_reference, references_in, reward_name
+from limbeck.scoring import (
+    CORPUS_SCORES,
+    Reward,
+    build_reward,
+    check_reward,
+    needs_reference,
+    references_in,
+    reward_name,
+)
 from limbeck.types import Example
 
 SAMPLES = 8
@@ -29,9 +37,39 @@ class Scores:
     length_limit_share: float
     completions: list[list[str]]
 
-    def means(self, metric: str) -> list[float]:
-        """The mean over prompts, one a seed."""
-        return self.values[metric].mean(1).tolist()
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """What `build_metrics` made, for as many evaluations as are wanted: by the names that stand in results, in their
+    order, what was asked for, and the reward of each but those of CORPUS_SCORES."""
+
+    specs: dict[str, str | Mapping[str, Any]]
+    rewards: dict[str, Reward]
+
+    def rows(self, examples: Sequence[Example], tokenizer: Any) -> list[dict[str, Any]]:
+        """The examples' rows, each with its `references` where a reward needs them. DataError, RecipeError and
+        ScoreError where a reward does not find what it reads."""
+        rewards = [self.specs[name] for name in self.rewards]
+        needed = any(needs_reference(reward) for reward in rewards)
+        rows = [
+            {**example.row, "references": references_of(example, tokenizer)} if needed else example.row
+            for example in examples
+        ]
+        for reward in rewards:
+            check_reward(reward, rows)
+        return rows
+
+
+def build_metrics(metrics: Sequence[str | Mapping[str, Any]], *, device: Any = None) -> Metrics:
+    """metrics: rewards (`scoring.build_reward`: a name or a table with options) and names of CORPUS_SCORES. `device`:
+    where a classifier runs. RecipeError for one that is unknown or comes twice, ModelError as `build_reward` does."""
+    specs = {reward_name(metric): metric for metric in metrics}
+    if len(specs) < len(metrics):
+        raise RecipeError(f"expected metrics of different names, found one twice: {', '.join(map(str, metrics))}")
+    corpus = {name for name, metric in specs.items() if isinstance(metric, str) and metric in CORPUS_SCORES}
+    return Metrics(
+        specs, {name: build_reward(metric, device=device) for name, metric in specs.items() if name not in corpus}
+    )
 
 
 def evaluate(
@@ -39,7 +77,7 @@ def evaluate(
     tokenizer: Any,
     examples: Sequence[Example],
     *,
-    metrics: Sequence[str | Mapping[str, Any]],
+    metrics: Metrics | Sequence[str | Mapping[str, Any]],
     seeds: int | Sequence[int] = 3,
     sampling_temperature: float = 1.0,
     max_tokens: int,
@@ -50,7 +88,7 @@ def evaluate(
 ) -> Scores:
     """Writes a sampled completion of every example's prompt for each of `seeds`, and a greedy one, and scores them.
 
-    metrics: rewards (`scoring.build_reward`: a name or a table with options) and names of CORPUS_SCORES.
+    metrics: what `build_metrics` takes, or has made; a classifier runs on the model's device.
     seeds: their number, or the seeds themselves (each the one sample that `Sampling(seed=...)` draws).
     no_repeat_ngram_size: bans repeated n-grams of tokens, in greedy completions too.
 
@@ -58,19 +96,16 @@ def evaluate(
     one before and after training) are paired prompt by prompt. The reference is the row's `references` (a list: the
     best counts), `completion` or `answer`, else the example's own text after the prompt.
 
-    Raises DataError for no example or one without a reference that a metric needs, RecipeError for an unknown metric,
-    ScoreError.
+    Raises DataError for no example or one without a reference that a metric needs, ScoreError, and what
+    `build_metrics` raises.
     """
     if not examples:
         raise DataError("expected at least one example to evaluate on, found none")
-    corpus = [metric for metric in metrics if isinstance(metric, str) and metric in CORPUS_SCORES]
-    specs = [metric for metric in metrics if metric not in corpus]
-    rewards = {reward_name(spec): build_reward(spec) for spec in specs}
-    if len(rewards) + len(set(corpus)) < len(metrics):
-        raise RecipeError(f"expected metrics of different names, found one twice: {', '.join(map(str, metrics))}")
-    rows = scored_rows(examples, tokenizer, specs)
+    if not isinstance(metrics, Metrics):
+        metrics = build_metrics(metrics, device=next(model.parameters()).device)
+    rows = metrics.rows(examples, tokenizer)
     prompts = [example.prompt for example in examples]
-    prompt_texts = [_text(tokenizer, prompt) for prompt in prompts]
+    prompt_texts = [plain_text(tokenizer, prompt) for prompt in prompts]
     sampling = Sampling(
         max_tokens=max_tokens,
         temperature=sampling_temperature,
@@ -84,15 +119,14 @@ def evaluate(
 
     texts = {suffix: [completion_text(tokenizer, c.tokens, stop_tokens) for c in run] for suffix, run in runs.items()}
     values: dict[str, np.ndarray] = {}
-    for metric in metrics:
+    for name in metrics.specs:
         for suffix, completions in texts.items():
             each = len(completions) // len(examples)
-            if metric in corpus:
-                name, score = str(metric), CORPUS_SCORES[str(metric)]
+            if name not in metrics.rewards:
+                score = CORPUS_SCORES[name]
                 values[name + suffix] = np.array([[score(completions[seed::each])] for seed in range(each)])
             else:
-                name = reward_name(metric)
-                numbers = rewards[name](_repeated(prompt_texts, each), completions, _repeated(rows, each))
+                numbers = metrics.rewards[name](_repeated(prompt_texts, each), completions, _repeated(rows, each))
                 values[name + suffix] = np.array(numbers).reshape(len(examples), each).T
     count = len(sampled) // len(examples)
     shown = texts["_greedy"] if greedy else texts[""][::count]
@@ -116,33 +150,15 @@ def _sampled(
     return [completion for of_prompt in zip(*runs, strict=True) for completion in of_prompt]
 
 
-def scored_rows(
-    examples: Sequence[Example], tokenizer: Any, rewards: Sequence[str | Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """The examples' rows, each with its `references` where a reward needs them; every reward finds what it reads."""
-    needed = any(needs_reference(reward) for reward in rewards)
-    rows = [
-        {**example.row, "references": references_of(example, tokenizer)} if needed else example.row
-        for example in examples
-    ]
-    for reward in rewards:
-        check_reward(reward, rows)
-    return rows
-
-
 def references_of(example: Example, tokenizer: Any) -> list[str]:
     """The texts that a completion of `example` is compared with. DataError where there is none."""
     if found := references_in(example.row):
         return [str(reference) for reference in found]
     if len(example.tokens) > example.prompt_tokens:
-        return [_text(tokenizer, example.tokens[example.prompt_tokens :])]
+        return [plain_text(tokenizer, example.tokens[example.prompt_tokens :])]
     raise DataError(
         f"row {example.index}: expected a reference (columns references, completion or answer), found a prompt alone"
     )
-
-
-def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
-    return tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
 def _repeated(items: Sequence[Any], times: int) -> list[Any]:

@@ -16,7 +16,7 @@ from limbeck.decoding import Sampling, generate
 from limbeck.errors import DataError
 from limbeck.evaluation.held_out import device_batches, evaluating
 from limbeck.evaluation.statistics import LEVEL
-from limbeck.models import ADAPTERS, adapters_off, completion_hidden, teacher_hidden, unwrap
+from limbeck.models import ADAPTERS, adapters_off, completion_hidden, context_length, teacher_hidden
 from limbeck.ops.chunked import linear_terms
 from limbeck.types import Example, Rollout, Writer
 
@@ -74,7 +74,8 @@ def exposure(
         raise DataError("expected at least one example to measure exposure on, found none")
     sampling = Sampling(max_tokens=max_tokens, stop_tokens=stop_tokens, n=samples, seed=seed)
     prompts = [example.prompt for example in examples]
-    limit = min(_context(model) for model in (student, teacher) if model is not ADAPTERS)
+    limits = [context_length(model) for model in (student, teacher) if model is not ADAPTERS]
+    limit = min((limit for limit in limits if limit is not None), default=sys.maxsize)
     writers: dict[Writer, Any] = {
         "student": nullcontext(student),
         "teacher": adapters_off(student) if teacher is ADAPTERS else nullcontext(teacher),
@@ -155,8 +156,3 @@ def _errors(
 
 def _groups(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _context(model: Any) -> int:
-    limit = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
-    return sys.maxsize if limit is None else limit

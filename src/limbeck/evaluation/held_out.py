@@ -11,6 +11,7 @@ import torch
 
 from limbeck.data import collate, dataset_rollout
 from limbeck.errors import DataError
+from limbeck.evaluation.statistics import Interval, mean_interval
 from limbeck.models import completion_hidden
 from limbeck.models.teaching import teacher_hidden
 from limbeck.ops.chunked import linear_terms
@@ -18,6 +19,8 @@ from limbeck.types import Example, Rollout
 
 BUCKETS = 32
 STATS = ("forward_kl", "reverse_kl", "agreement")
+HELD_OUT = ("loss", *STATS)
+"""Means over tokens, by which `per_example` is weighted."""
 
 
 @torch.no_grad()
@@ -47,14 +50,29 @@ def held_out(
     with evaluating(student, teacher):
         for places, batch in device_batches(student, rollouts, pad_id, batch_tokens):
             columns = _columns(student, teacher, batch)
-            learnt_BS = batch["learnt"][:, 1:].bool().cpu().numpy()
-            row_N, _ = learnt_BS.nonzero()
             for name, values_N in columns.items():
-                sums[name][places] = np.bincount(row_N, values_N, minlength=len(places))
+                sums[name][places] = row_sums(batch, values_N)
             if teacher is not None:
+                learnt_BS = batch["learnt"][:, 1:].bool().cpu().numpy()
                 positions.append((learnt_BS.cumsum(1) - 1)[learnt_BS])
                 divergences.append(columns["forward_kl"])
     return _summary(sums, np.array([rollout.learnt for rollout in rollouts]), positions, divergences)
+
+
+def held_out_intervals(held: dict[str, Any]) -> dict[str, Interval]:
+    """Of each of HELD_OUT that `held_out` found, weighted by tokens."""
+    weights_P = np.array(held["per_example"]["tokens"])
+    return {
+        name: mean_interval(np.array(held["per_example"][name])[None], seeds="evaluation", weights=weights_P)
+        for name in HELD_OUT
+        if name in held
+    }
+
+
+def row_sums(batch: dict[str, torch.Tensor], values_N: np.ndarray) -> np.ndarray:
+    """[rows of `batch`]: the sum of a row's learnt tokens."""
+    row_N = batch["learnt"][:, 1:].nonzero(as_tuple=True)[0].cpu().numpy()
+    return np.bincount(row_N, values_N, minlength=len(batch["learnt"]))
 
 
 def _columns(student: Any, teacher: Any, batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ from limbeck.models.adapters import adapters_off, one_copy, save_student
 from limbeck.models.causal import (
     check_head,
     completion_hidden,
+    context_length,
     end_of_turn,
     eos_tokens,
     hidden_and_head,
@@ -27,6 +28,7 @@ __all__ = [
     "cast",
     "check_head",
     "completion_hidden",
+    "context_length",
     "cut_layers",
     "end_of_turn",
     "eos_tokens",

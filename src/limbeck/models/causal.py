@@ -78,6 +78,11 @@ def output_head(model: nn.Module) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), scale, softcap, vocabulary_rows(inner))
 
 
+def context_length(model: nn.Module) -> int | None:
+    """How many tokens the model reads at most; None where its config names no limit."""
+    return getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
+
+
 def hidden_and_head(
     model: nn.Module, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, Head]:

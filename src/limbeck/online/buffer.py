@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from limbeck.decoding.requests import Observation, Observed
+from limbeck.decoding.requests import Observed
 from limbeck.online.coins import coin
 from limbeck.ops.sparse import top_k
 
@@ -38,7 +38,8 @@ class Trace:
     log-probabilities (float16) of the target's likeliest tokens, and its log mass outside them (float32).
 
     `role`: to train on, to stop training by, or for the gate. `columns_TF`: the target's hidden states of the columns
-    [0, T), as bfloat16 seen as int16. `until`: when it must be forgotten, of `time.time()`. `number` counts the traces.
+    [0, T), as bfloat16 seen as int16. `until`: when it must be forgotten, of `time.time()`. `number`: its own,
+    the higher the later the request has ended.
     """
 
     number: int
@@ -74,6 +75,7 @@ class _Growing:
     pieces: list[tuple[Array, Array, Array]] = field(default_factory=list[tuple[Array, Array, Array]])
     columns: list[Array] = field(default_factory=list[Array])
     bytes: int = 0
+    dropped: bool = False  # too old or too much: what is still to come of it would not be whole
 
 
 class Buffer:
@@ -122,15 +124,14 @@ class Buffer:
 
     # -- from the engine ---------------------------------------------------------------------------------------------
 
-    def __call__(self, observation: Observation) -> None:
-        for row in observation.rows:
-            self.observe(row)
-
     def observe(self, row: Observed) -> None:
         """Keeps what this row shows. The logits are read here and now, never later."""
-        growing = self._growing.get(row.request.id)
-        if growing is None:
-            growing = self._begin(row)
+        with self._lock:
+            growing = self._growing.get(row.request.id) or self._begin(row)
+            if not growing.dropped:
+                self._keep(growing, row)
+
+    def _keep(self, growing: _Growing, row: Observed) -> None:
         if row.hidden_TF is not None and self.taps:
             piece = row.hidden_TF.detach().to(torch.bfloat16).cpu().view(torch.int16).numpy().copy()
             growing.columns.append(piece)
@@ -149,9 +150,7 @@ class Buffer:
         if row.request.keep_all:
             role = "gate" if coin(self.seed, "role", self.count) < 0.5 else "stop"
             self.count += 1
-        growing = _Growing(row.tokens, role, row.request.keep_all, self.now())
-        with self._lock:
-            self._growing[row.request.id] = growing
+        growing = self._growing[row.request.id] = _Growing(row.tokens, role, row.request.keep_all, self.now())
         return growing
 
     def _places(self, row: Observed, keep: bool) -> range:
@@ -248,7 +247,7 @@ class Buffer:
                 self._bytes -= trace.bytes
         for growing in self._growing.values():
             if growing.born + self.seconds <= now:
-                _empty(growing)
+                _drop(growing)
         while self.bytes > self.most_bytes:
             pool = next((pool for pool in self._pools() if pool), None)
             if pool is not None:
@@ -258,7 +257,7 @@ class Buffer:
             oldest = next((growing for growing in self._growing.values() if growing.bytes), None)
             if oldest is None:
                 break
-            _empty(oldest)
+            _drop(oldest)
 
     def _pools(self) -> list[deque[Trace] | list[Trace]]:
         return [self.traces, self.past, self.held["stop"], self.held["gate"]]
@@ -281,6 +280,12 @@ class Buffer:
             self.new = 0
             return Lot(train[::-1], list(self.held["stop"]), list(self.held["gate"]), replay)
 
+    def apart(self, role: Role) -> list[Trace]:
+        """The traces held out for this, oldest first."""
+        with self._lock:
+            self._bound()
+            return list(self.held[role])
+
     @property
     def bytes(self) -> int:
         return self._bytes + sum(growing.bytes for growing in list(self._growing.values()))
@@ -292,11 +297,9 @@ class Buffer:
             born = [trace.until - self.seconds for trace in traces] + [one.born for one in self._growing.values()]
             return {
                 "buffer_positions": sum(trace.size for trace in traces),
-                "buffer_new": self.new,
                 "buffer_held": sum(len(pool) for pool in self.held.values()),
                 "buffer_bytes": self.bytes,
                 "buffer_age_s": self.now() - min(born) if born else 0.0,
-                "buffer_top": self.top or 0,
                 "buffer_error": self.tail_sum / self.seen if self.seen else 0.0,
             }
 
@@ -326,8 +329,8 @@ def _logsum(logprobs_NK: Array) -> Array:
         return np.log(np.exp(logprobs_NK.astype(np.float32)).sum(-1))
 
 
-def _empty(growing: _Growing) -> None:
+def _drop(growing: _Growing) -> None:
     growing.positions.clear()
     growing.pieces.clear()
     growing.columns.clear()
-    growing.bytes = 0
+    growing.bytes, growing.dropped = 0, True

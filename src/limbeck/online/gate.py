@@ -58,9 +58,20 @@ class Gate:
     The new draft passes when it is shown to accept more than the serving one on more than half of the requests, and
     does so in the mean: where on a request of this traffic it is better with a probability of at most 1/2, it passes
     with a probability of at most `error`. Likewise for `worse`. A tie counts against what is to be shown.
+
+    `error` holds for one verdict. Verdicts on the same requests are not independent, and among many updates that change
+    nothing some pass: what passes by chance is about as good as what it replaces, and `Watch` looks on.
     """
 
     error: float = 0.05
+
+    @property
+    def least(self) -> int:
+        """The fewest requests that can decide: as many as must all be won."""
+        bet = Bet()
+        while bet.highest < 1 / self.error:
+            bet.add(True)
+        return bet.trials
 
     def judge(self, serving: Sequence[float], new: Sequence[float]) -> Verdict:
         """serving[r], new[r]: acceptance of the two on request r, in the order of time."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.errors import RecipeError
-from limbeck.models import cut_layers, hidden_and_head, load_model
+from limbeck.models import cut_layers, hidden_and_head, load_model, set_vocabulary
 from limbeck.online.buffer import Trace, joined
 from limbeck.online.objective import acceptance, find_objective, known_mass, terms
 from limbeck.types import Head, Sparse
@@ -51,18 +51,14 @@ class Learner(Protocol):
 
 
 class ModelLearner:
-    """A causal model, in float32: its own copy. `freeze`: parts of names of parameters that stay as they are."""
+    """A causal model, in float32: its own copy."""
 
-    def __init__(self, model: Any, *, freeze: Sequence[str] = (), ids_D: Tensor | None = None) -> None:
-        self.model = model.float().train()
+    def __init__(self, model: Any, *, ids_D: Tensor | None = None) -> None:
+        self.model = model.float().train().requires_grad_(True)
         self.ids_D = ids_D
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(not any(part in name for part in freeze))
-        if not self.trained():
-            raise RecipeError(f"freeze: expected something left to train, found every parameter in {list(freeze)}")
 
     def trained(self) -> dict[str, nn.Parameter]:
-        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        return dict(self.model.named_parameters())
 
     def predict(self, batch: Batch) -> tuple[Tensor, Head]:
         hidden_BTH, head = hidden_and_head(self.model, batch.tokens_BT, batch.real_BT)
@@ -70,11 +66,17 @@ class ModelLearner:
 
 
 def model_learner(
-    folder: str | Path, *, layers: Sequence[int] | None = None, freeze: Sequence[str] = ()
+    folder: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    vocabulary: int | None = None,
 ) -> ModelLearner:
-    """The learner of a model in a folder, or of some of its layers. ModelError as from `load_model`."""
+    """The learner of a model in a folder, or of some of its layers. `vocabulary`: rows of its head that are tokens, as
+    the draft that serves has them (None: as its config says). ModelError as from `load_model`."""
     model = load_model(folder, dtype=torch.float32)
-    return ModelLearner(model if layers is None else cut_layers(model, layers), freeze=freeze)
+    if vocabulary is not None:
+        set_vocabulary(model, vocabulary)
+    return ModelLearner(model if layers is None else cut_layers(model, layers))
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Training:
     batch_tokens: int = 2048
     epochs: int = 4
     measures: int = 2
-    patience: int = 2
+    patience: int = 4
     clip: float = 1.0
     replay: float = 0.0
 
@@ -106,7 +108,6 @@ class Fitted:
     after: float | None
     steps: int
     positions: int
-    loss: float
     finite: bool = True
 
 
@@ -206,15 +207,14 @@ def fit(
     included. Without `stop` traces it is one epoch. With a NaN, the weights are those from before."""
     before_state = snapshot(learner)
     best = before = mean_acceptance(acceptances(learner, stop, training.batch_tokens, breathe))
-    best_state, waited, steps, positions, loss = before_state, 0, 0, 0, float("nan")
+    best_state, waited, steps, positions = before_state, 0, 0, 0
     epochs = training.epochs if stop else 1
     for made in _order(train, replay, training, epochs, generator):
         if isinstance(made, Batch):
             breathe()
-            loss = _step(learner, optimiser, made, training)
-            if loss != loss:
+            if not _step(learner, optimiser, made, training):
                 restore(learner, before_state)
-                return Fitted(before, before, steps, positions, loss, finite=False)
+                return Fitted(before, before, steps, positions, finite=False)
             steps += 1
             positions += len(made.index_N)
             continue
@@ -227,7 +227,7 @@ def fit(
             break
     if best is not None:
         restore(learner, best_state)
-    return Fitted(before, best, steps, positions, loss)
+    return Fitted(before, best, steps, positions)
 
 
 def _order(
@@ -245,8 +245,8 @@ def _order(
                 yield None
 
 
-def _step(learner: Learner, optimiser: torch.optim.Optimizer, made: Batch, training: Training) -> float:
-    """One optimiser step on the mean over the batch's positions. NaN: nothing was changed."""
+def _step(learner: Learner, optimiser: torch.optim.Optimizer, made: Batch, training: Training) -> bool:
+    """One optimiser step on the mean over the batch's positions. False: it is not finite, nothing was changed."""
     objective = find_objective(training.objective)
     hidden_NH, head = learner.predict(made)
     loss = terms(hidden_NH, head, made.signal, learner.ids_D, objective).loss_N.mean()
@@ -254,9 +254,9 @@ def _step(learner: Learner, optimiser: torch.optim.Optimizer, made: Batch, train
     loss.backward()
     norm = nn.utils.clip_grad_norm_(list(learner.trained().values()), training.clip)
     if not torch.isfinite(norm) or not torch.isfinite(loss):
-        return float("nan")
+        return False
     optimiser.step()
-    return float(loss.detach())
+    return True
 
 
 def snapshot(learner: Learner) -> dict[str, Tensor]:

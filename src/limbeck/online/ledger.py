@@ -96,6 +96,10 @@ class Watched:
     seen: Callable[[Round], None]
     count: int = 0
 
+    @property
+    def names(self) -> Sequence[str]:
+        return self.inner.names
+
     def plan(self, rows: Sequence[Live]) -> list[Choice]:
         self.count += 1
         if self.every and self.count % self.every == 0:
@@ -109,6 +113,9 @@ class Watched:
         self.ledger.add_round(round_)
         self.seen(round_)
         self.inner.record(round_)
+
+    def probed(self, tokens: int, seconds: float) -> None:
+        self.inner.probed(tokens, seconds)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -15,7 +15,7 @@ from limbeck.decoding.controller import Round
 from limbeck.decoding.requests import Counters, Event, Observation, Request
 from limbeck.decoding.speculative import Engine
 from limbeck.errors import RolloutError
-from limbeck.online.coins import coin
+from limbeck.online.coins import HeldOut
 from limbeck.online.learning import Learning
 from limbeck.online.ledger import Clock, Ledger, Watched
 from limbeck.online.routing import Routing
@@ -23,7 +23,6 @@ from limbeck.online.routing import Routing
 LOG = logging.getLogger(__name__)
 OnEvent = Callable[[Event], None]
 
-_HISTORY = 900  # points kept of the history, one in `period` seconds
 _MARKS = 400
 _POSITIONS = 64  # counted one by one of the positions in a proposal
 _IDLE = 0.5  # s without a request after which the loop looks about
@@ -42,7 +41,6 @@ class DraftCounts:
     gamma: float = 0.0
     kept: list[int] = field(default_factory=list[int])
     lengths: list[int] = field(default_factory=list[int])
-    by_version: dict[int, list[float]] = field(default_factory=dict[int, list[float]])  # [alpha_sum, verified]
 
 
 @dataclass
@@ -62,9 +60,8 @@ class Service:
     """Serves `engine`, whose thread it owns from `start` to `stop`.
 
     learning: by draft, what lets it learn (see `Learning`); none: it serves without. routing: chooses a draft for each
-    request; by default a request gets the draft that it names. `keep_share` of the requests keep all their verified
-    positions, of the first `warm_requests` `warm_share` (a counted coin). One round in `plain_every` is decoded
-    plainly, to know the speedup (0: none).
+    request; by default a request gets the draft that it names. `held_out` says which requests keep all their verified
+    positions. One round in `plain_every` is decoded plainly, to know the speedup (0: none).
 
     `submit`, `cancel`, `snapshot`, `pause`, `resume`, `force_update` and `roll_back` may be called from any thread.
     """
@@ -72,18 +69,14 @@ class Service:
     def __init__(
         self,
         engine: Engine,
-        tokenizer: Any = None,
         *,
         learning: Mapping[str, Learning] | None = None,
         routing: Routing | None = None,
-        keep_share: float = 0.05,
-        warm_share: float = 0.25,
-        warm_requests: int = 64,
+        held_out: HeldOut | None = None,
         plain_every: int = 50,
         seed: int = 0,
     ) -> None:
         self.engine = engine
-        self.tokenizer = tokenizer if tokenizer is not None else engine.tokenizer
         self.learning = dict(learning or {})
         unknown = sorted(set(self.learning) - set(engine.drafts))
         if unknown:
@@ -92,16 +85,14 @@ class Service:
                 f"learning: expected the engine's drafts ({known}), found {unknown[0]}: name one of them"
             )
         self.routing = routing or Routing(list(engine.drafts))
-        self.keep_share, self.warm_share, self.warm_requests = keep_share, warm_share, warm_requests
+        self.held_out = held_out or HeldOut()
         self.seed = seed
         self.ledger = Ledger()
         every = plain_every if engine.drafts else 0
-        engine.controller = Watched(engine.controller, self.ledger, every, self._count)  # pyright: ignore
+        engine.controller = Watched(engine.controller, self.ledger, every, self._count)
         engine.observer = self._observe if self.learning else None
         self.counts = {name: DraftCounts() for name in engine.drafts}
         self.requests = 0
-        self.finished = 0
-        self.history: deque[dict[str, float]] = deque(maxlen=_HISTORY)
         self.marks: deque[dict[str, Any]] = deque(maxlen=_MARKS)
         self.failure: str | None = None
         self._open: dict[str, _Open] = {}
@@ -110,8 +101,9 @@ class Service:
         self._wake = threading.Event()
         self._ended = self._closed = False
         self._paused = False
+        self._clock = Clock()
+        self._resting: float | None = None  # since when nothing is to be done
         self._thread = threading.Thread(target=self._run, name="limbeck-engine", daemon=True)
-        self._next_point = 0.0
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -122,6 +114,7 @@ class Service:
         for name, learning in self.learning.items():
             learning.start(self.between_rounds, lambda kind, version, name=name: self._mark(kind, name, version), turn)
         self.ledger.started = perf_counter()
+        self._clock = Clock(self.ledger.started)
         self._thread.start()
 
     def stop(self) -> None:
@@ -157,8 +150,7 @@ class Service:
                 raise RolloutError(f"expected a new id, found {request.id!r}, which is being served: choose another")
             self.requests += 1
             draft = self.routing.choose(request.route)
-            share = self.warm_share if self.requests <= self.warm_requests else self.keep_share
-            keep = request.train and coin(self.seed, "keep", self.requests) < share
+            keep = request.train and self.held_out.keeps(self.seed, self.requests)
             tag, request = request.route, replace(request, route=draft, keep_all=keep or request.keep_all)
             self._open[request.id] = _Open(request, tag, on_event, draft)
         try:
@@ -208,7 +200,7 @@ class Service:
         if not able:
             raise RolloutError("roll_back: expected a version before the one that serves, found none: nothing to do")
         for learning in able:
-            learning.ask_roll_back("asked for")
+            learning.ask_roll_back()
 
     def _learners(self, draft: str | None) -> list[Learning]:
         if draft is None and self.learning:
@@ -223,30 +215,29 @@ class Service:
     def snapshot(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts of what was done since the start.
 
-        `running`, `waiting`, `requests`, `finished`, `tokens`, `learning` (on, paused, off), `failure`; `drafts` by
-        name (the fields of `DraftCounts`, kind, version, benched, and what `Learning.numbers` gives); `ledger`
-        (seconds; all but `training` add up to `wall_s`), `per_token`, `speedup` and `plain_tokens_per_s` (None: not
-        known); `history` (points: t, tokens, and of all drafts alpha_sum, verified: totals) and `marks` (t, kind,
-        draft, version).
+        `running`, `waiting`, `requests`, `tokens`, `learning` (on, paused, off), `failure`; `drafts` by name (the
+        fields of `DraftCounts`, kind, version, benched, and what `Learning.numbers` gives); `ledger` (seconds; all but
+        `training` add up to `wall_s`, but for the round of this moment), `per_token`, `speedup` and
+        `plain_tokens_per_s` (None: not known); `marks` (t, kind, draft, version).
         """
         now = perf_counter()
+        resting = self._resting
+        ledger = self.ledger.seconds(self.engine.seconds)
+        ledger["idle"] += 0.0 if resting is None else now - resting
         self.ledger.training = sum(learning.training_s for learning in self.learning.values())
         return {
             "running": len(self.engine.rows),
             "waiting": len(self.engine.waiting),
             "requests": self.requests,
-            "finished": self.finished,
             "tokens": self.ledger.tokens,
             "learning": "off" if not self.learning else "paused" if self._paused else "on",
             "failure": self.failure,
             "wall_s": now - self.ledger.started,
             "drafts": {name: self._numbers(name) for name in self.engine.drafts},
-            "ledger": self.ledger.seconds(self.engine.seconds),
+            "ledger": ledger,
             "per_token": self.ledger.per_token(self.engine.seconds),
             "speedup": self.ledger.speedup,
             "plain_tokens_per_s": self.ledger.plain_tokens_per_s,
-            "target_passes": self.engine.target_passes,
-            "history": list(self.history),
             "marks": list(self.marks),
         }
 
@@ -254,7 +245,6 @@ class Service:
         draft, counts = self.engine.drafts[name], self.counts[name]
         learning = self.learning.get(name)
         own = dict(vars(counts), kept=list(counts.kept), lengths=list(counts.lengths))
-        own["by_version"] = {version: list(sums) for version, sums in list(counts.by_version.items())}
         kind = type(draft).__name__.removesuffix("Draft").lower()
         more = {} if learning is None else learning.numbers()
         return {"kind": kind, "version": draft.version, "benched": draft.benched, **own, **more}
@@ -283,40 +273,42 @@ class Service:
                         table[place] += 1
             counts.alpha_sum += alpha
             counts.verified += verified
-            sums = counts.by_version.setdefault(self.engine.drafts[drafted.draft].version, [0.0, 0.0])
-            sums[0] += alpha
-            sums[1] += verified
 
     # -- the engine's thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        clock = Clock(self.ledger.started)
-        while not self._ended:
-            while self._between:
-                self._apply(self._between.popleft())
-            self.ledger.overhead += clock.lap()
-            if not self.engine.busy:
-                self._tell(busy=False)
-                self._wake.wait(_IDLE)
-                self._wake.clear()
-                self.ledger.idle += clock.lap()
-                self._add_point()
-                continue
-            self._tell(busy=True)
-            self.ledger.overhead += clock.lap()
-            before = _total(self.engine)
-            try:
-                events = self.engine.step()
-            except Exception as error:
-                LOG.exception("the engine: expected a round, found an error: start the service anew")
-                self.failure = f"{type(error).__name__}: {error}"
-                break
-            self.ledger.overhead += clock.lap() - (_total(self.engine) - before)
-            for event in events:
-                self._deliver(event)
-            self._add_point()
-            self.ledger.overhead += clock.lap()
-        self._end_all()
+        try:
+            while not self._ended:
+                self._turn()
+        except Exception as error:
+            LOG.exception("the engine: expected a round, found an error: start the service anew")
+            self.failure = f"{type(error).__name__}: {error}"
+        finally:
+            self._end_all()
+
+    def _turn(self) -> None:
+        """What is to be done between two rounds, and a round, or where there is none, a rest."""
+        ledger, clock = self.ledger, self._clock
+        while self._between:
+            self._apply(self._between.popleft())
+        busy = self.engine.busy
+        self._tell(busy=busy)
+        ledger.overhead += clock.lap()
+        if not busy:
+            self._resting = clock.last
+            self._wake.wait(_IDLE)
+            self._wake.clear()
+            self._resting = None
+            ledger.idle += clock.lap()
+            for draft in self.engine.drafts.values():
+                draft.expire()
+            return
+        before = _total(self.engine)
+        events = self.engine.step()
+        ledger.overhead += clock.lap() - (_total(self.engine) - before)
+        for event in events:
+            self._deliver(event)
+        ledger.overhead += clock.lap()
 
     def _apply(self, action: Callable[[], None]) -> None:
         try:
@@ -330,14 +322,14 @@ class Service:
 
     def _observe(self, observation: Observation) -> None:
         for row in observation.rows:
-            for learning in self._taught_by(row.request):
-                learning.observe(row)
+            for name in self._taught_by(row.request):
+                self.learning[name].observe(row, own=row.draft == name)
 
-    def _taught_by(self, request: Request) -> list[Learning]:
+    def _taught_by(self, request: Request) -> Iterable[str]:
         """A request teaches the draft that it was routed to, and where nobody chose, all."""
         if request.route is None:
-            return list(self.learning.values())
-        return [self.learning[request.route]] if request.route in self.learning else []
+            return self.learning
+        return [request.route] if request.route in self.learning else []
 
     def _deliver(self, event: Event) -> None:
         opened = self._open.get(event.id)
@@ -347,13 +339,12 @@ class Service:
         opened.first = opened.first or perf_counter()
         opened.tokens += len(event.tokens)
         if event.finish_reason is not None:
-            with self._lock:
-                del self._open[event.id]
-            self.finished += 1
             if opened.draft is not None and opened.tokens > 1:
                 self.routing.record(opened.tag, opened.draft, opened.tokens - 1, perf_counter() - opened.first)
-            for learning in self._taught_by(opened.request):
-                learning.close(opened.request, event.counters)
+            for name in self._taught_by(opened.request):
+                self.learning[name].close(opened.request)
+            with self._lock:  # until here, an error is told to this request too
+                del self._open[event.id]
         try:
             opened.on_event(event)
         except Exception:
@@ -362,18 +353,11 @@ class Service:
                 opened.on_event = _nobody
                 self.engine.cancel(event.id)
 
-    def _add_point(self) -> None:
-        now = perf_counter() - self.ledger.started
-        if now < self._next_point:
-            return
-        self._next_point = now + 1
-        alpha_sum = sum(counts.alpha_sum for counts in self.counts.values())
-        verified = sum(counts.verified for counts in self.counts.values())
-        self.history.append({"t": now, "tokens": self.ledger.tokens, "alpha_sum": alpha_sum, "verified": verified})
-
     def _end_all(self) -> None:
         """Tells everybody who still waits."""
         reason = "cancelled" if self.failure is None else "error"
+        for learning in self.learning.values():
+            learning.give_up()
         with self._lock:
             self._closed = True
             left, self._open = list(self._open.values()), {}

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,18 +56,18 @@ class Job:
 @dataclass(frozen=True)
 class Result:
     """What came of a job. `number`: the version that passed the gate, on disk. `before`, `after`: acceptance on the
-    traces to stop by; the gate's own are in `verdict`. `seconds` of work. `known`: p(D), the target's mean mass on the
-    tokens that the draft may draft."""
+    traces to stop by; the gate's own are in `verdict`. `known`: p(D), the target's
+    mean mass on the tokens that the draft may draft."""
 
     verdict: Verdict
     number: int | None = None
     before: float | None = None
     after: float | None = None
-    positions: int = 0
-    steps: int = 0
-    seconds: float = 0.0
     known: float | None = None
     error: str | None = None
+
+
+_NOTHING = Result(Verdict("undecided", 0.0, 1.0, 0))
 
 
 class UpdaterLost(LimbeckError):
@@ -144,6 +144,7 @@ class Updater:
         """Ends the process, whatever it does."""
         self.numbers[_END] = 1
         if self.process is not None:
+            self.connection.close()  # an idle one waits for nothing else
             self.process.join(2)
             if self.process.is_alive():
                 self.process.kill()
@@ -239,7 +240,7 @@ class Worker:
         verdict = self.gate.judge([serving[trace.number][0] for trace in gate], [found[t.number][0] for t in gate])
         if not fitted.finite:
             verdict = replace(verdict, kind="worse")
-        result = Result(verdict, None, fitted.before, fitted.after, fitted.positions, fitted.steps, known=known)
+        result = Result(verdict, None, fitted.before, fitted.after, known)
         if verdict.kind == "worse":
             self._take(job.serving)
         elif verdict.kind == "better":
@@ -309,24 +310,25 @@ def _main(
     os.nice(_NICE)
     torch.set_num_threads(threads)
     breathe = Throttle(numbers, parent)
-    nothing: Literal["undecided"] = "undecided"
-    empty = Result(Verdict(nothing, 0.0, 1.0, 0))
     try:
-        worker = Worker(build(), Versions(folder), training, gate, seed, breathe)
-    except LimbeckError as error:
-        connection.send(replace(empty, error=str(error)))
-        return
-    connection.send(empty)
-    while True:
         try:
-            job: Job = connection.recv()
-            breathe.start()
-            before = numbers[_WORKED]
-            result = worker.run(job)
-            breathe()
-            connection.send(replace(result, seconds=numbers[_WORKED] - before))
-            del job, result
+            worker = Worker(build(), Versions(folder), training, gate, seed, breathe)
         except LimbeckError as error:
-            connection.send(replace(empty, error=str(error)))
-        except (EOFError, OSError, _Told):
+            connection.send(replace(_NOTHING, error=str(error)))
             return
+        connection.send(_NOTHING)
+        while True:
+            _answer_one(connection, worker, breathe)
+    except (EOFError, OSError, _Told):
+        return
+
+
+def _answer_one(connection: Any, worker: Worker, breathe: Throttle) -> None:
+    job: Job = connection.recv()
+    breathe.start()
+    try:
+        result = worker.run(job)
+    except LimbeckError as error:
+        result = replace(_NOTHING, error=str(error))
+    breathe()
+    connection.send(result)

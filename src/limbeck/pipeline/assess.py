@@ -5,13 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from limbeck.evaluation import evaluate, held_out, mean_interval, speed
+from limbeck.evaluation import (
+    HELD_OUT,
+    build_metrics,
+    evaluate,
+    held_out,
+    held_out_intervals,
+    mean_interval,
+    speed,
+)
 from limbeck.methods import METHODS
 from limbeck.models import adapters_off, model_size
 from limbeck.models.teaching import ADAPTERS
@@ -20,17 +28,18 @@ from limbeck.teachers import weights_hash
 from limbeck.training import Parts
 from limbeck.types import Example
 
-HELD_OUT = ("loss", "forward_kl", "reverse_kl", "agreement")
-
 
 class Assessor:
-    """Evaluates the models of a run. What teacher and start score is kept in `memo`, by the weights' hash."""
+    """Evaluates the models of a run. What teacher and start score is kept in `memo`, by the weights' hash.
+
+    Raises what `evaluation.build_metrics` does."""
 
     def __init__(self, recipe: Recipe, parts: Parts, memo: Path) -> None:
         self.recipe = recipe
         self.parts = parts
         self.memo = memo
         self.settings = recipe.evaluation
+        self.metrics = build_metrics(self.settings.metrics, device=parts.args.device)
         self.prompts: list[Example] = parts.held_out[: self.settings.prompts] if self.settings.metrics else []
         self.rows = [example for example in parts.held_out if any(example.mask)][: self.settings.rows]
 
@@ -100,7 +109,7 @@ class Assessor:
             if self.prompts:
                 scores = self._write(model, seeds=self.settings.seeds)
                 for name, values_SP in scores.values.items():
-                    result["metrics"][name] = _interval(mean_interval(values_SP, seeds="evaluation"))
+                    result["metrics"][name] = asdict(mean_interval(values_SP, seeds="evaluation"))
                     result["per_prompt"][name] = values_SP.mean(0).tolist()
                 result["samples"] = scores.samples
                 result["length_limit_share"] = scores.length_limit_share
@@ -109,14 +118,8 @@ class Assessor:
 
     @staticmethod
     def _add_held_out(result: dict[str, Any], held: dict[str, Any]) -> None:
-        weights = np.array(held["per_example"]["tokens"])
-        for name in HELD_OUT:
-            if name in held:
-                values = np.array(held["per_example"][name])[None]
-                interval = mean_interval(values, seeds="evaluation", weights=weights)
-                result["metrics"][name] = _interval(interval)
-                result["per_prompt"][name] = held["per_example"][name]
-        result["per_prompt"]["tokens"] = held["per_example"]["tokens"]
+        result["metrics"] |= {name: asdict(interval) for name, interval in held_out_intervals(held).items()}
+        result["per_prompt"] |= held["per_example"]
         result["divergence_by_position"] = held.get("divergence_by_position", [])
 
     def _write(self, model: Any, seeds: int) -> Any:
@@ -124,7 +127,7 @@ class Assessor:
             model,
             self.parts.tokenizer,
             self.prompts,
-            metrics=self.settings.metrics,
+            metrics=self.metrics,
             seeds=seeds,
             sampling_temperature=self.settings.temperature,
             max_tokens=self.settings.max_tokens or self.recipe.sampling.max_tokens,
@@ -158,13 +161,3 @@ class Assessor:
         self.memo.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result))
         return result
-
-
-def _interval(interval: Any) -> dict[str, Any]:
-    return {
-        "mean": interval.mean,
-        "low": interval.low,
-        "high": interval.high,
-        "values": interval.values,
-        "how": interval.how,
-    }

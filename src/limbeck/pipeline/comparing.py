@@ -18,15 +18,15 @@ from rich.console import Console
 
 from limbeck import ranks
 from limbeck.errors import RecipeError, did_you_mean
-from limbeck.evaluation import mean_interval, paired_difference
+from limbeck.evaluation import HELD_OUT, mean_interval, paired_difference
 from limbeck.methods import METHODS
 from limbeck.pipeline.distilling import Run, distill, finished, start_stage, write_json
 from limbeck.pipeline.limit import Limit
 from limbeck.pipeline.table import print_comparison
 from limbeck.recipe import RECIPES, Recipe, apply_overrides
 from limbeck.report import environment, units, write_report
+from limbeck.scoring import reward_name
 
-HELD_OUT = ("loss", "forward_kl", "reverse_kl", "agreement")
 CSV_COLUMNS = ("study", "method", "seed", "metric", "value", "seconds", "command", "commit")
 
 
@@ -112,7 +112,8 @@ def _comparison(
     recipe: Recipe, methods: list[str], seeds: list[int], limit: Limit, runs: dict[tuple[str, int], Run], folder: Path
 ) -> dict[str, Any]:
     first = runs[methods[0], seeds[0]].metrics
-    metric = recipe.evaluation.metrics[0] if recipe.evaluation.metrics else "forward_kl" if recipe.teacher else "loss"
+    named = [reward_name(metric) for metric in recipe.evaluation.metrics]
+    metric = named[0] if named else "forward_kl" if recipe.teacher else "loss"
     rows = [{"method": "teacher", "label": "Teacher", "metrics": first["teacher_metrics"]}] if recipe.teacher else []
     starts = [runs[methods[0], seed].metrics for seed in seeds]
     rows.append({"method": "start", "label": "Start", "metrics": _over_seeds(starts, "before")})
@@ -167,8 +168,7 @@ def _pair(a: str, b: str, name: str, seeds: list[int], runs: dict[tuple[str, int
 def _weights(run: dict[str, Any], per_prompt: str, name: str) -> np.ndarray | None:
     """Held-out numbers are means over tokens; a task's metric is a mean over prompts."""
     tokens = run[per_prompt].get("tokens")
-    held_out = name in HELD_OUT
-    return np.array(tokens) if held_out and tokens is not None else None
+    return np.array(tokens) if name in HELD_OUT and tokens is not None else None
 
 
 def _write_csv(path: Path, name: str, comparison: dict[str, Any], runs: dict[tuple[str, int], Run]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -15,22 +16,35 @@ from rich.table import Table
 from limbeck.data import read, render
 from limbeck.errors import DataError, RecipeError
 from limbeck.evaluation import (
+    FINAL_ANSWERS,
+    Metrics,
     Scores,
+    build_metrics,
     evaluate,
     exposure,
     final_answer,
     held_out,
+    held_out_intervals,
     label_calibration,
+    labelled,
     majority_at_k,
     mean_interval,
     pass_at_k,
     speed,
     token_calibration,
 )
-from limbeck.models import eos_tokens, load_model, load_tokenizer, model_size, preflight, set_vocabulary
+from limbeck.models import (
+    context_length,
+    eos_tokens,
+    load_model,
+    load_tokenizer,
+    model_size,
+    preflight,
+    set_vocabulary,
+)
 from limbeck.pipeline.distilling import write_json
 from limbeck.report import exposure_figure, reliability_figure, units
-from limbeck.scoring import CORPUS_SCORES, RIGHT_OR_WRONG, SCORES
+from limbeck.scoring import RIGHT_OR_WRONG, reward_name
 from limbeck.training.build import teacher_path
 from limbeck.types import Example
 
@@ -42,7 +56,6 @@ UNITS = {
     "length_greedy": "characters",
     "ex_acc_err": "%",
 }
-HELD_OUT = ("loss", "forward_kl", "reverse_kl", "agreement")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +86,12 @@ def evaluate_folder(
 ) -> dict[str, Any]:
     """Metrics with intervals (sampled at temperature 1, and greedy), held-out loss and divergences, speed.
 
-    seeds: their number (5 unless given) or the seeds. samples: instead, that many samples a prompt, and pass@k and
-    maj@k of them for metrics that say right or wrong. with_exposure: ExAccErr, with a teacher. with_calibration: ECE of
-    the reference's tokens, and of label words where rows have `labels`. out: a folder for evaluation.json and pictures.
-    Prints a table. Returns {name: {mean, low, high, values}} and plain numbers, or with several data sets
-    {data: {...}}. Raises RecipeError for options that contradict, and what the parts raise.
+    seeds: their number (5 unless given) or the seeds. samples: instead, that many samples a prompt, and pass@k of them
+    for metrics of RIGHT_OR_WRONG, maj@k where an answer can vote (FINAL_ANSWERS). with_exposure: ExAccErr, with a
+    teacher. with_calibration: ECE of the reference's tokens, and of label words where rows have `labels`. out: a folder
+    for evaluation.json and pictures. Prints a table. Returns {name: {mean, low, high, values, how}} and plain numbers,
+    or with several data sets {data: {...}}. Raises RecipeError for options that contradict or an `out` that cannot be
+    written, DataError, and what `build_metrics` and the metrics' `rows` raise, all before a model writes.
     """
     if samples is not None and seeds is not None:
         raise RecipeError("expected seeds or samples, found both: n samples a prompt are n seeds")
@@ -85,29 +99,35 @@ def evaluate_folder(
         raise RecipeError(
             "exposure: expected a teacher, whose text the student's is compared with: add --teacher FOLDER"
         )
+    if samples is not None:
+        _check_samples(metrics)
+    if out is not None:
+        _claim(out)
     console = console or Console()
-    models = _load(str(model), teacher)
     names = [data] if isinstance(data, str) else list(data)
+    rows_of = {name: read(name)[:prompts] for name in names}
+    models = _load(str(model), teacher)
+    built = build_metrics(metrics, device=models.student.device)
+    examples_of = {
+        name: _rendered(name, rows, models, built, template, with_calibration, console)
+        for name, rows in rows_of.items()
+    }
     chosen = samples or (5 if seeds is None else seeds)
     found: dict[str, dict[str, Any]] = {}
-    prompts_of: list[list[int]] = []
-    for name in names:
-        rows = read(name)[:prompts]
-        examples, summary = render(rows, models.tokenizer, template=template, context=models.context)
-        console.print(f"{escape(name)}: {summary}", highlight=False)
-        prompts_of += [example.prompt for example in examples]
+    for name, examples in examples_of.items():
         settings: dict[str, Any] = {"max_tokens": max_tokens, "stop_tokens": models.stops}
         writing = {**settings, "seeds": chosen, "no_repeat_ngram_size": no_repeat_ngram_size}
         with console.status(f"{escape(name)}: writing and scoring"):
-            scores = evaluate(models.student, models.tokenizer, examples, metrics=metrics, **writing)
+            scores = evaluate(models.student, models.tokenizer, examples, metrics=built, **writing)
             found[name] = _scores(scores, at_k=samples is not None) | _held_out(models, examples)
             if with_exposure:
                 found[name] |= _exposure(models, examples, settings)
             if with_calibration:
-                found[name] |= _calibration(models, rows, examples, template)
+                found[name] |= _calibration(models, rows_of[name], examples, template)
     parameters, size = model_size(models.student)
     facts: dict[str, Any] = {"parameters": parameters, "bytes": size}
-    facts |= speed(models.student, models.tokenizer, prompts_of[:2], max_tokens=32)
+    first = [example.prompt for examples in examples_of.values() for example in examples][:2]
+    facts |= speed(models.student, models.tokenizer, first, max_tokens=32)
     for numbers in found.values():
         numbers |= facts
     _print(str(model), found, facts, chosen, no_repeat_ngram_size, console)
@@ -125,41 +145,77 @@ def _load(model: str, teacher: str | None) -> _Models:
         rows = preflight(student, tokenizer, judge, load_tokenizer(teacher_path(teacher)))
         for one in (student, judge):
             set_vocabulary(one, rows)
-    context = getattr(student.config, "max_position_embeddings", None)
-    return _Models(student, tokenizer, judge, eos_tokens(student, tokenizer), context)
+    return _Models(student, tokenizer, judge, eos_tokens(student, tokenizer), context_length(student))
+
+
+def _check_samples(metrics: Sequence[str | Mapping[str, Any]]) -> None:
+    names = [reward_name(metric) for metric in metrics]
+    if not any(name in RIGHT_OR_WRONG for name in names):
+        raise RecipeError(
+            f"samples: expected a metric that says right or wrong ({', '.join(RIGHT_OR_WRONG)}), found "
+            f"{', '.join(names) or 'none'}: add one to the metrics"
+        )
+
+
+def _claim(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise RecipeError(f"expected to write to {out}, found {error.strerror}; name another --out") from error
+
+
+def _rendered(
+    name: str,
+    rows: list[dict[str, Any]],
+    models: _Models,
+    metrics: Metrics,
+    template: str | None,
+    with_calibration: bool,
+    console: Console,
+) -> list[Example]:
+    """The rows as tokens, with all that metrics and calibration read from them."""
+    examples, summary = render(rows, models.tokenizer, template=template, context=models.context)
+    console.print(f"{escape(name)}: {summary}", highlight=False)
+    metrics.rows(examples, models.tokenizer)
+    if with_calibration:
+        if any("labels" in row for row in rows):
+            labelled(models.tokenizer, rows, template=template, context=models.context)
+        elif not _learnt(examples):
+            raise DataError(f"{name}: calibration: expected rows with a completion or with labels, found prompts alone")
+    return examples
 
 
 def _scores(scores: Scores, *, at_k: bool) -> dict[str, Any]:
     numbers: dict[str, Any] = {name: _interval(values_SP) for name, values_SP in scores.values.items()}
-    right = {name: values_SP for name, values_SP in scores.values.items() if _right_or_wrong(name, values_SP)}
-    if at_k and not right:
-        raise RecipeError(
-            f"samples: expected a metric that says right (1) or wrong (0), as accuracy or exact_match, found "
-            f"{', '.join(scores.values)}: add one to the metrics"
-        )
-    for name, correct_SP in right.items() if at_k else ():
-        answers = [[final_answer(name, completion) for completion in of_seed] for of_seed in scores.completions]
-        n = len(correct_SP)
-        for k in sorted({*(2**power for power in range(1, n.bit_length())), n} - {1}):
-            numbers[f"{name}_pass@{k}"] = _interval(pass_at_k(correct_SP, k)[None])
-            numbers[f"{name}_maj@{k}"] = _interval(majority_at_k(correct_SP, answers, k)[None])
+    for name in RIGHT_OR_WRONG if at_k else ():
+        if name in scores.values:
+            numbers |= _at_k(name, scores)
     numbers["length_limit_share"] = _point(scores.length_limit_share)
     return numbers
 
 
-def _right_or_wrong(name: str, values_SP: np.ndarray) -> bool:
-    """Whether a sampled metric counts right answers: limbeck's by name, others by what they gave."""
-    if name.endswith("_greedy") or name in CORPUS_SCORES:
-        return False
-    return name in RIGHT_OR_WRONG or (name not in SCORES and bool(np.isin(values_SP, (0, 1)).all()))
+def _at_k(name: str, scores: Scores) -> dict[str, Any]:
+    correct_SP = (scores.values[name] == 1).astype(float)  # a verifier's small share is not right
+    n = len(correct_SP)
+    ks = sorted({*(2**power for power in range(1, n.bit_length())), n} - {1})
+    numbers = {f"{name}_pass@{k}": _interval(pass_at_k(correct_SP, k)[None]) for k in ks}
+    if name in FINAL_ANSWERS:
+        answers = [[final_answer(name, completion) for completion in of_seed] for of_seed in scores.completions]
+        numbers |= {f"{name}_maj@{k}": _interval(majority_at_k(correct_SP, answers, k)[None]) for k in ks}
+    return numbers
 
 
 def _held_out(models: _Models, examples: list[Example]) -> dict[str, Any]:
-    if not any(any(example.mask) for example in examples):
+    if not _learnt(examples):
         return {}
     held = held_out(models.student, models.teacher, examples, models.tokenizer.pad_token_id)
-    weights = np.array(held["per_example"]["tokens"])
-    return {name: _interval(np.array(held["per_example"][name])[None], weights) for name in HELD_OUT if name in held}
+    return {name: asdict(interval) for name, interval in held_out_intervals(held).items()}
+
+
+def _learnt(examples: list[Example]) -> bool:
+    return any(any(example.mask) for example in examples)
 
 
 def _exposure(models: _Models, examples: list[Example], settings: dict[str, Any]) -> dict[str, Any]:
@@ -174,22 +230,19 @@ def _calibration(
     models: _Models, rows: list[dict[str, Any]], examples: list[Example], template: str | None
 ) -> dict[str, Any]:
     parts: dict[str, Any] = {}
-    if any(any(example.mask) for example in examples):
+    if _learnt(examples):
         parts["tokens"] = asdict(token_calibration(models.student, examples, models.tokenizer.pad_token_id))
     if any("labels" in row for row in rows):
         parts["labels"] = asdict(
             label_calibration(models.student, models.tokenizer, rows, template=template, context=models.context)
         )
-    if not parts:
-        raise DataError("calibration: expected rows with a completion or with labels, found prompts alone")
     numbers = {f"ece_{name}": _point(part["ece"]) for name, part in parts.items()}
     numbers |= {f"accuracy_{name}": _point(part["accuracy"]) for name, part in parts.items()}
     return {**numbers, "calibration": parts}
 
 
-def _interval(values_SP: np.ndarray, weights_P: np.ndarray | None = None) -> dict[str, Any]:
-    interval = mean_interval(values_SP, seeds="evaluation", weights=weights_P)
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high, "values": interval.values}
+def _interval(values_SP: np.ndarray) -> dict[str, Any]:
+    return asdict(mean_interval(values_SP, seeds="evaluation"))
 
 
 def _point(value: float) -> dict[str, Any]:
@@ -251,22 +304,18 @@ def _cell(value: dict[str, Any] | None) -> str:
 
 def _write(out: Path, model: str, found: dict[str, dict[str, Any]], result: dict[str, Any], console: Console) -> None:
     """evaluation.json and, where they were measured, the curves of each data set as SVG."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "evaluation.json", result)
-        written = ["evaluation.json"]
-        for place, (name, numbers) in enumerate(found.items()):
-            where = f"{Path(model).name} on {Path(name).name}"
-            suffix = f"-{place}" if len(found) > 1 else ""
-            pictures = {
-                f"reliability-{part}{suffix}.svg": reliability_figure(f"Reliability of {part}: {where}", values)
-                for part, values in numbers.get("calibration", {}).items()
-            }
-            if "exposure" in numbers:
-                pictures[f"exposure{suffix}.svg"] = exposure_figure(f"Excess error: {where}", numbers["exposure"])
-            for file, text in pictures.items():
-                (out / file).write_text(text, encoding="utf-8")
-            written += pictures
-    except OSError as error:
-        raise RecipeError(f"expected to write to {out}, found {error.strerror}; name another --out") from error
+    write_json(out / "evaluation.json", result)
+    written = ["evaluation.json"]
+    for place, (name, numbers) in enumerate(found.items()):
+        where = f"{Path(model).name} on {Path(name).name}"
+        suffix = f"-{place}" if len(found) > 1 else ""
+        pictures = {
+            f"reliability-{part}{suffix}.svg": reliability_figure(f"Reliability of {part}: {where}", values)
+            for part, values in numbers.get("calibration", {}).items()
+        }
+        if "exposure" in numbers:
+            pictures[f"exposure{suffix}.svg"] = exposure_figure(f"Excess error: {where}", numbers["exposure"])
+        for file, text in pictures.items():
+            (out / file).write_text(text, encoding="utf-8")
+        written += pictures
     console.print(f"wrote {', '.join(written)} to {escape(str(out))}", highlight=False)

@@ -21,7 +21,7 @@ def reliability_figure(title: str, calibration: Mapping[str, Any]) -> str:
         Line("share of predictions", Style.of(2), steps_x, shares),
         Line("accuracy", Style.of(0), [b["confidence"] for b in bins], [b["accuracy"] for b in bins], points=True),
     ]
-    note = f"ECE {fixed(calibration['ece'], 3)} over {calibration['count']:,} predictions in 10 bins of equal width"
+    note = f"ECE {fixed(calibration['ece'], 3)} over {calibration['count']:,} predictions in bins of equal width"
     return figure(line_chart(title, lines, x_label="confidence", unit="fraction", note=note))
 
 

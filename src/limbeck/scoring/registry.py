@@ -28,9 +28,6 @@ SCORES: dict[str, Score] = {
 CORPUS_SCORES: dict[str, Callable[[Sequence[str]], float]] = {"distinct_4": distinct_4}
 """Numbers of all completions together: metrics of an evaluation, never rewards."""
 
-RIGHT_OR_WRONG = ("exact_match", "numeric_answer", "accuracy")
-"""Entries of SCORES that are 1 or 0."""
-
 WITHOUT_REFERENCE = ("length", "repetition")
 """Entries of SCORES that look at the completion alone."""
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from limbeck.data.generated import PREFIX
 from limbeck.errors import RecipeError, did_you_mean
 from limbeck.scoring import verifiers
 from limbeck.scoring.answers import numeric_answer
@@ -36,6 +37,9 @@ KINDS: dict[str, dict[str, type]] = {
 """What takes options of its own, by name; every other name is a score and takes SCORE_OPTIONS."""
 
 SCORE_OPTIONS: dict[str, type] = {"column": str, "batched": bool}
+
+RIGHT_OR_WRONG = ("exact_match", "numeric_answer", "accuracy", "regex", "reasoning_gym")
+"""Names that say whether a completion is right: 1, or less where it is wrong."""
 
 
 def build_reward(spec: str | Mapping[str, Any] | Score, *, device: Any = None) -> Reward:
@@ -68,8 +72,8 @@ def needs_reference(spec: str | Mapping[str, Any] | Score) -> bool:
 
 
 def reward_name(spec: str | Mapping[str, Any] | Score) -> str:
-    """The name that stands in tables and errors."""
-    return title(_parsed(spec)[0])
+    """The name that stands in tables and errors, checked by `build_reward` alone."""
+    return title(spec.get("name") if isinstance(spec, Mapping) else spec)
 
 
 def check_reward(spec: str | Mapping[str, Any] | Score, rows: Sequence[Row]) -> None:
@@ -79,7 +83,7 @@ def check_reward(spec: str | Mapping[str, Any] | Score, rows: Sequence[Row]) -> 
     column = options.get("column")
     if name == "reasoning_gym":
         lacking = [number for number, row in enumerate(rows) if not verifiers.is_entry(row)]
-        expected = f"rows of {verifiers.PREFIX}NAME:COUNT (column entry)"
+        expected = f"rows of {PREFIX}NAME:COUNT (column entry)"
     elif column is not None or needs_reference(spec):
         lacking = [number for number, row in enumerate(rows) if not references_in(row, column)]
         expected = f"column {column}" if column else f"one of the columns {', '.join(REFERENCE_COLUMNS)}"

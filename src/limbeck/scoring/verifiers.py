@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from limbeck.data.generated import PREFIX, gym
-
-__all__ = ["PREFIX", "is_entry", "verify"]
+from limbeck.data.generated import gym
 
 
 def is_entry(row: Mapping[str, Any]) -> bool:
@@ -18,11 +16,15 @@ def is_entry(row: Mapping[str, Any]) -> bool:
 
 
 def verify(completion: str, entry: Any) -> float:
-    """What the entry's generator makes of the answer, 0 to 1: the text in the last <answer>...</answer>, else all of
-    it. Some generators give a small share for an answer of the right form."""
+    """What the entry's generator makes of the answer, 0 to 1. Some give a small share for an answer of the right
+    form."""
+    return _verifier(entry["metadata"]["source_dataset"])(answer=given_answer(completion), entry=entry)
+
+
+def given_answer(completion: str) -> str:
+    """The text in the last <answer>...</answer>, else all of it."""
     answer = gym().utils.extract_answer(completion)
-    judge = _verifier(entry["metadata"]["source_dataset"])
-    return judge(answer=completion.strip() if answer is None else answer, entry=entry)
+    return completion.strip() if answer is None else answer
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from limbeck import ranks
-from limbeck.data import completion_text
+from limbeck.data import completion_text, plain_text
 from limbeck.ops.policy import leave_one_out
 from limbeck.scoring import Reward
 from limbeck.types import Rollout
@@ -44,10 +44,7 @@ class Rewarded:
     def _rewards(self, written: list[Rollout]) -> list[float]:
         if not written:
             return []
-        prompts = [
-            self.tokenizer.decode(rollout.tokens[: rollout.prompt_tokens], skip_special_tokens=True)
-            for rollout in written
-        ]
+        prompts = [plain_text(self.tokenizer, rollout.tokens[: rollout.prompt_tokens]) for rollout in written]
         completions = [
             completion_text(self.tokenizer, rollout.tokens[rollout.prompt_tokens :], self.stop_tokens)
             for rollout in written

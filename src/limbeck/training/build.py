@@ -23,6 +23,7 @@ from limbeck.models import (
     build_student,
     cast,
     check_head,
+    context_length,
     eos_tokens,
     is_sharded,
     load_model,
@@ -137,7 +138,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             "eval_steps": steps,
             "load_best_model_at_end": True,
             "metric_for_best_model": f"eval_{best}",
-            "greater_is_better": best in recipe.evaluation.metrics,
+            "greater_is_better": best.removesuffix("_greedy") in map(reward_name, recipe.evaluation.metrics),
         }
     try:
         return TrainingArguments(**settings)
@@ -339,7 +340,7 @@ def _data(recipe: Recipe, tokenizer: Any, model: Any, rows: Any) -> tuple[list[E
     settings: dict[str, Any] = {
         "template": recipe.data.template,
         "train_on": recipe.data.train_on,
-        "context": getattr(model.config, "max_position_embeddings", None),
+        "context": context_length(model),
         "max_length": recipe.data.max_length,
         "prompt_tokens": recipe.data.prompt_tokens,
         "split": recipe.data.split,

@@ -38,16 +38,37 @@ class Proposal:
     finite: bool = True
 
 
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One row's part of a proposal: line `line` of what the draft `name` proposes."""
+
+    name: str
+    proposal: Proposal
+    line: int
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.proposal.tokens[self.line]
+
+    @property
+    def confidence(self) -> list[float]:
+        return self.proposal.confidence[self.line]
+
+
 class Draft(Protocol):
     """One draft of a target. It keeps a state for every slot of the engine: rows of a batch, numbered from 0.
 
     `taps` are the layers of the target whose hidden states it reads (none: ()), as indices of transformers'
-    `hidden_states`. `version` counts the swaps. `benched`: it has given NaN and is asked no more until the next swap.
+    `hidden_states`. `ids_D`: the tokens that it may draft beside a request's own (None: all). `version` counts the
+    swaps. `benched`: it has given NaN and is asked no more until the next swap.
     """
 
     version: int
     benched: bool
     taps: tuple[int, ...]
+
+    @property
+    def ids_D(self) -> Tensor | None: ...
 
     def bind(self, vocabulary: int) -> None:
         """Called once by the engine. PreflightError where the draft's vocabulary is not the target's."""
@@ -64,7 +85,8 @@ class Draft(Protocol):
 
     def settle(self, row: Live, known: int, hidden_TF: Tensor | None) -> None:
         """The target has read on. Columns [0, known) of the row's tokens, as they stand now, are those that the draft
-        was shown or drafted itself; `hidden_TF` are the target's hidden states of the columns it has read anew."""
+        was shown or drafted itself; `hidden_TF` are the target's hidden states, of the layers `taps` side by side in
+        that order, of the columns it has read anew: a view, which keeps the whole round's alive (None: no taps)."""
         ...
 
     def close(self, row: Live) -> None:
@@ -73,6 +95,10 @@ class Draft(Protocol):
 
     def move(self, source: int, target: int) -> None:
         """What was slot `source` is now slot `target`."""
+        ...
+
+    def expire(self) -> None:
+        """Forgets what has outlived its time to live. Called now and then, also where nothing is served."""
         ...
 
     def prepare(self, state: Mapping[str, Tensor], version: int) -> Callable[[], None]:

@@ -12,15 +12,16 @@ from torch import Tensor
 from limbeck.decoding.drafts import GoOn, Proposal
 from limbeck.decoding.drafts.feature_net import FeatureNet
 from limbeck.decoding.drafts.head import DraftHead
-from limbeck.decoding.drafts.model import check_state
+from limbeck.decoding.drafts.model import fitted
 from limbeck.decoding.drafts.steps import draft_by_steps
 from limbeck.decoding.live import Live
 from limbeck.decoding.packed import check_packing, install, pack
 from limbeck.decoding.ragged_cache import RaggedCache, causal_mask
 from limbeck.errors import PreflightError
-from limbeck.models import output_head, unwrap, vocabulary_rows
+from limbeck.models import output_head, unwrap
 
-_LOST = -1
+_LOST = -1  # in place of the columns read: columns are missing, nothing more can be drafted
+_MOST_UNREAD = 256  # columns of the target's states that a row keeps, unless its last piece is longer
 
 
 class FeatureDraft:
@@ -34,7 +35,7 @@ class FeatureDraft:
         check_packing(weights, self.embedding.weight.device)
         self.weights = weights
         self.target_head = output_head(base)
-        self.vocabulary = vocabulary_rows(base) or self.embedding.weight.shape[0]
+        self.vocabulary = self.target_head.size
         self.head = DraftHead(self.target_head, self.vocabulary, weights, ids_D)
         self.taps = net.shape.taps
         self.cache = RaggedCache()
@@ -44,6 +45,10 @@ class FeatureDraft:
         self.unread: dict[Live, list[Tensor]] = {}
         if weights != "own":
             install(net, pack(net, weights))
+
+    @property
+    def ids_D(self) -> Tensor | None:
+        return self.head.ids_D
 
     def bind(self, vocabulary: int) -> None:
         if self.vocabulary != vocabulary:
@@ -68,8 +73,16 @@ class FeatureDraft:
         self.cache.copy_row(source, target)
 
     def settle(self, row: Live, known: int, hidden_TF: Tensor | None) -> None:
+        """Nobody may be asking for drafts of this row: what is too much to keep is read before its time."""
         assert hidden_TF is not None
-        self.unread[row].append(hidden_TF)
+        if self.read[row] == _LOST:
+            return
+        if sum(map(len, self.unread[row])) > _MOST_UNREAD:
+            if self.benched:
+                self._lose(row)
+                return
+            self._catch_up([row])
+        self.unread[row].append(hidden_TF.clone())
 
     def propose(self, rows: Sequence[Live], most: Sequence[int], go_on: GoOn) -> Proposal:
         most = [0 if self.read[row] == _LOST else count for row, count in zip(rows, most, strict=True)]
@@ -78,22 +91,7 @@ class FeatureDraft:
 
         def first() -> Tensor:
             nonlocal state_B1H
-            starts = [max(self.read[row], 0) for row in rows]
-            features = [torch.cat(self.unread[row]) for row in rows]
-            states_BQH = self.net.fuse(
-                torch.nn.utils.rnn.pad_sequence(features, batch_first=True).to(self.net.fuse.weight.dtype)
-            )
-            tokens = [
-                row.tokens[start + 1 : start + 1 + len(piece)]
-                for row, start, piece in zip(rows, starts, features, strict=True)
-            ]
-            last = [len(piece) - 1 for piece in features]
-            states_BQH = self._run(rows, states_BQH, tokens, starts)
-            for row in rows:
-                if self.read[row] != _LOST:
-                    self.read[row] = len(row.tokens) - 1
-                self.unread[row] = []
-            state_B1H = states_BQH[range(len(rows)), last][:, None]
+            state_B1H = self._catch_up(rows)
             return vocabulary.logits(self.net.norm(state_B1H[:, 0]))
 
         def then(newest: list[int], step: int) -> Tensor:
@@ -104,10 +102,11 @@ class FeatureDraft:
 
         return draft_by_steps(rows, most, go_on, first, then, vocabulary)
 
+    def expire(self) -> None:
+        """It keeps nothing of a request that has ended."""
+
     def prepare(self, state: Mapping[str, Tensor], version: int) -> Callable[[], None]:
-        own = dict(self.net.named_parameters())
-        check_state(own, state)
-        new = {own[name]: weight.detach().to(own[name].device, own[name].dtype) for name, weight in state.items()}
+        new = fitted(dict(self.net.named_parameters()), state)
         packed = {} if self.weights == "own" else pack(self.net, self.weights, new)
 
         def put() -> None:
@@ -116,10 +115,35 @@ class FeatureDraft:
             install(self.net, packed)
             if self.benched:  # what it has read with its last weights may be NaN, and cannot be read again
                 self.cache.forget()
-                self.read = dict.fromkeys(self.read, _LOST)
+                for row in [row for row, read in self.read.items() if read]:
+                    self._lose(row)
             self.version, self.benched = version, False
 
         return put
+
+    def _lose(self, row: Live) -> None:
+        self.read[row] = _LOST
+        self.unread[row] = []
+
+    def _catch_up(self, rows: Sequence[Live]) -> Tensor:
+        """Reads what the target has made of these rows since. The states (B, 1, H) of their last columns; those of a
+        lost row mean nothing."""
+        starts = [max(self.read[row], 0) for row in rows]
+        nothing = [self.net.fuse.weight.new_zeros(1, self.net.fuse.in_features)]
+        features = [torch.cat(self.unread[row] or nothing) for row in rows]
+        states_BQH = self.net.fuse(
+            torch.nn.utils.rnn.pad_sequence(features, batch_first=True).to(self.net.fuse.weight.dtype)
+        )
+        tokens = [
+            row.tokens[start + 1 : start + 1 + len(piece)]
+            for row, start, piece in zip(rows, starts, features, strict=True)
+        ]
+        states_BQH = self._run(rows, states_BQH, tokens, starts)
+        for row, start, piece in zip(rows, starts, features, strict=True):
+            if self.read[row] != _LOST:
+                self.read[row] = start + len(piece)
+            self.unread[row] = []
+        return states_BQH[range(len(rows)), [len(piece) - 1 for piece in features]][:, None]
 
     def _run(self, rows: Sequence[Live], states_BQH: Tensor, tokens: list[list[int]], starts: list[int]) -> Tensor:
         """The layer's output (B, Q, H) at the columns from `starts` on."""

@@ -13,7 +13,6 @@ from limbeck.decoding.drafts.steps import draft_by_steps
 from limbeck.decoding.live import Live
 from limbeck.decoding.reader import Reader
 from limbeck.errors import ModelError, PreflightError
-from limbeck.models import vocabulary_rows
 
 _PREFILL = 4  # unread tokens from which a row reads alone, before the others' first step
 
@@ -31,11 +30,15 @@ class ModelDraft:
     def __init__(self, model: Any, *, weights: str = "own", ids_D: Tensor | None = None) -> None:
         self.reader = Reader(model, weights)
         self.reader.model.eval()
-        self.vocabulary = vocabulary_rows(self.reader.model) or self.reader.embedding.weight.shape[0]
+        self.vocabulary = self.reader.head.size
         self.head = DraftHead(self.reader.head, self.vocabulary, weights, ids_D)
         self.version = 0
         self.benched = False
         self.read: dict[Live, int] = {}  # columns of its slot that hold its tokens
+
+    @property
+    def ids_D(self) -> Tensor | None:
+        return self.head.ids_D
 
     def bind(self, vocabulary: int) -> None:
         if self.vocabulary != vocabulary:
@@ -64,7 +67,7 @@ class ModelDraft:
     def propose(self, rows: Sequence[Live], most: Sequence[int], go_on: GoOn) -> Proposal:
         limit = self.reader.limit
         if limit is not None:  # its context may end before the target's
-            most = [min(count, limit + 1 - len(row.tokens)) for row, count in zip(rows, most, strict=True)]
+            most = [max(min(count, limit + 1 - len(row.tokens)), 0) for row, count in zip(rows, most, strict=True)]
         slots = [row.slot for row in rows]
         vocabulary = self.head.of(rows)
 
@@ -85,12 +88,13 @@ class ModelDraft:
             self.read[row] = len(row.tokens) + min(len(tokens), max(proposal.steps - 1, 0))
         return proposal
 
+    def expire(self) -> None:
+        """It keeps nothing of a request that has ended."""
+
     def prepare(self, state: Mapping[str, Tensor], version: int) -> Callable[[], None]:
         model, head = self.reader.model, self.head
         own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-        check_state(own, state)
-        # By identity: tied weights have two names.
-        new = {own[name]: weight.detach().to(own[name].device, own[name].dtype) for name, weight in state.items()}
+        new = fitted(own, state)
         packed = self.reader.pack(new)
         made = DraftHead(self.reader.head, self.vocabulary, self.reader.weights, head.ids_D, new)
 
@@ -120,8 +124,9 @@ class ModelDraft:
                 self.read[row] = len(row.tokens) - 1
 
 
-def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """ModelError unless every new weight has the name and shape of one of `own`."""
+def fitted(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
+    """The new weights by what they replace, by identity, for tied weights have two names: on its device and in its
+    dtype. ModelError unless each has the name and shape of one of `own`."""
     for name, tensor in state.items():
         if name not in own or own[name].shape != tensor.shape:
             found = "no such weight" if name not in own else str(tuple(own[name].shape))
@@ -129,3 +134,4 @@ def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
                 f"new weights of a draft: expected {name} {found} as in the serving one, found {tuple(tensor.shape)}: "
                 "train the draft that is served"
             )
+    return {own[name]: weight.detach().to(own[name].device, own[name].dtype) for name, weight in state.items()}

@@ -3,7 +3,7 @@ or in another request's (a cache that all requests share). It costs nothing, and
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
@@ -30,10 +30,15 @@ class _Own:
 
 class NgramDraft:
     """`size`: tokens that must match, at least. The shared cache keeps at most `shared_tokens` tokens of requests that
-    have ended, each for `shared_seconds` (0 tokens: no cache); none of a request whose `train` is false."""
+    have ended, each for `shared_seconds` (0 tokens: no cache); none of a request whose `train` is false.
+
+    With such a cache the other traffic decides what is proposed, and so which of the tokens that the target's
+    distribution allows a seeded request is given: the distribution is the same, the completion may be another.
+    """
 
     version = 0
     taps: tuple[int, ...] = ()
+    ids_D: Tensor | None = None
 
     def __init__(self, *, size: int = 3, shared_tokens: int = 200_000, shared_seconds: float = 3600.0) -> None:
         self.size = size
@@ -42,8 +47,8 @@ class NgramDraft:
         self.benched = False
         self.own: dict[Live, _Own] = {}
         self.shared: Index = {}
-        self.kept: OrderedDict[int, tuple[float, list[int]]] = OrderedDict()  # by number: when it ended, its tokens
-        self.kept_tokens = self.count = 0
+        self.kept: deque[tuple[float, list[int]]] = deque()  # when a request ended, its tokens
+        self.kept_tokens = 0
 
     def bind(self, vocabulary: int) -> None:
         """It knows no vocabulary: it repeats tokens that it has seen."""
@@ -65,8 +70,7 @@ class NgramDraft:
         if not row.request.train or len(row.tokens) > self.shared_tokens:
             return
         now = monotonic()
-        self.kept[self.count] = (now, row.tokens)
-        self.count += 1
+        self.kept.append((now, row.tokens))
         self.kept_tokens += len(row.tokens)
         for end in range(self.size, len(row.tokens)):
             self.shared[tuple(row.tokens[end - self.size : end])] = (row.tokens, end)
@@ -75,8 +79,8 @@ class NgramDraft:
     def expire(self, now: float | None = None) -> None:
         """Forgets the oldest texts, beyond the bounds in tokens and seconds."""
         before = (monotonic() if now is None else now) - self.shared_seconds
-        while self.kept and (self.kept_tokens > self.shared_tokens or next(iter(self.kept.values()))[0] < before):
-            _, (_, tokens) = self.kept.popitem(last=False)
+        while self.kept and (self.kept_tokens > self.shared_tokens or self.kept[0][0] < before):
+            _, tokens = self.kept.popleft()
             self.kept_tokens -= len(tokens)
             for end in range(self.size, len(tokens)):
                 key = tuple(tokens[end - self.size : end])

@@ -32,12 +32,19 @@ _COUNTERS = (
     ("limbeck:draft_updates", "Trainings that ended.", "updates"),
     ("limbeck:draft_swaps", "New versions that the gate let pass.", "swaps"),
     ("limbeck:draft_refusals", "New versions that the gate refused.", "refusals"),
+    ("limbeck:draft_undecided", "New versions of which the gate could not tell.", "undecided"),
     ("limbeck:draft_rollbacks", "Swaps that were taken back.", "rollbacks"),
+    ("limbeck:draft_failures", "Updates, swaps and the like that ended with an error.", "failures"),
+    ("limbeck:draft_restarts", "Processes of updates that were started in place of dead ones.", "restarts"),
 )
 _GAUGES = (
     ("limbeck:draft_version", "The version that serves.", "version"),
     ("limbeck:draft_benched", "1: it has given NaN, and plain decoding goes on.", "benched"),
     ("limbeck:draft_gamma", "Drafted tokens in a proposal, lately.", "gamma"),
+    ("limbeck:draft_broken", "1: an error has ended its learning, and it serves on.", "broken"),
+    ("limbeck:draft_known_mass", "The target's mass on the tokens that it may draft, at least.", "known_mass"),
+    ("limbeck:buffer_held_out", "Requests to stop by and for the gate.", "buffer_held"),
+    ("limbeck:buffer_error", "How far acceptance that is measured on the buffer may be off.", "buffer_error"),
     ("limbeck:buffer_positions", "Positions to train on.", "buffer_positions"),
     ("limbeck:buffer_bytes", "Their size.", "buffer_bytes"),
     ("limbeck:buffer_age_seconds", "Age of the oldest of them.", "buffer_age_s"),
@@ -120,7 +127,7 @@ class Metrics:
         )
         for families, made in ((_COUNTERS, CounterMetricFamily), (_GAUGES, GaugeMetricFamily)):
             for name, text, key in families:
-                samples = [([draft], found[key]) for draft, found in drafts.items() if key in found]
+                samples = [([draft], found[key]) for draft, found in drafts.items() if found.get(key) is not None]
                 yield self._family(made, name, text, samples, "draft")
         for name, text, key in (
             ("limbeck:ledger_seconds", "Where the time went; all but training adds up to the wall clock.", "ledger"),

@@ -22,8 +22,8 @@ from limbeck.decoding.drafts.model import ModelDraft
 from limbeck.decoding.drafts.ngram import NgramDraft
 from limbeck.decoding.speculative import Engine
 from limbeck.errors import PreflightError, RecipeError
-from limbeck.models import eos_tokens, load_model, load_tokenizer, probe_autocast, set_vocabulary
-from limbeck.online.buffer import Buffer
+from limbeck.models import cast, eos_tokens, load_model, load_tokenizer, probe_autocast, set_vocabulary
+from limbeck.online.buffer import Buffer, Positions
 from limbeck.online.learner import model_learner
 from limbeck.online.learning import Learning
 from limbeck.online.server.app import Served, create_app
@@ -38,12 +38,15 @@ NGRAM = "ngram"
 class Options:
     """Of `limbeck serve`. draft: a model's folder. draft_kind: `model` (the default where there is a draft), `layers`
     cut from it or else from the target (the default), or `ngram` alone. layers: which; by default every other one of
-    the first. gamma: drafted tokens a round; None: as many as pay. folder: where the draft's versions are kept."""
+    the first. weights: of the draft's model, `own` or `int8` (on a CPU). gamma: drafted tokens a round; None: as many
+    as pay. folder: where the draft's versions are kept."""
 
     target: str
     draft: str | None = None
     draft_kind: str | None = None
     layers: Sequence[int] | None = None
+    weights: str = "own"
+    positions: Positions = "all"
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: Path | None = None
@@ -94,7 +97,7 @@ def assemble(options: Options, keys: Keys | None) -> tuple[Served, str]:
     target, tokenizer = load_model(options.target, device=device), load_tokenizer(options.target)
     dtype, _ = probe_autocast(device, target.config.get_text_config().hidden_size)
     if dtype is not None:
-        target = load_model(options.target, device=device, dtype=dtype)
+        target = cast(target, dtype)
     set_vocabulary(target, _vocabulary(tokenizer))
     name = options.name or Path(options.target).resolve().name
     kind = options.draft_kind or ("model" if options.draft else "layers")
@@ -106,11 +109,13 @@ def assemble(options: Options, keys: Keys | None) -> tuple[Served, str]:
     adaptive = Adaptive(main, ngram=(NGRAM, shared))
     controller = adaptive if options.gamma is None else Fixed(kind, options.gamma)
     engine = Engine(target, tokenizer, drafts, controller, max_batch=options.max_batch)
+    if controller is adaptive:
+        engine.probe()
     learning: dict[str, Learning] = {}
     described = made.described
     if options.learning and made.build is not None:
         folder = options.folder / name / kind
-        buffer = Buffer(taps=bool(made.draft.taps))
+        buffer = Buffer(positions=options.positions, taps=bool(made.draft.taps))
         learning[kind] = Learning(made.draft, made.build, folder, buffer)
         newest = learning[kind].versions.newest()
         described += f", version {newest} of {folder}" if newest else f", cold; learning, versions in {folder}"
@@ -118,7 +123,7 @@ def assemble(options: Options, keys: Keys | None) -> tuple[Served, str]:
         described += ", not learning"
     context = engine.reader.limit
     stops = eos_tokens(target, tokenizer)
-    service = Service(engine, tokenizer, learning=learning)
+    service = Service(engine, learning=learning)
     served = Served(service, tokenizer, name, context, stops, options.limits, keys, options.stream_tokens)
     return served, described
 
@@ -128,7 +133,11 @@ def make_draft(options: Options, kind: str, target: Any, tokenizer: Any) -> Made
     if kind == NGRAM:
         if options.draft is not None:
             raise RecipeError(f"--draft {options.draft}: expected none with --draft-kind ngram, which has no model")
+        if options.layers is not None or options.weights != "own":
+            option = "--layers" if options.layers is not None else "--weights"
+            raise RecipeError(f"{option}: expected a draft with a model, found --draft-kind ngram: leave it out")
         return Made(NgramDraft(), None, "n-grams of the requests themselves")
+    rows, weights = _vocabulary(tokenizer), options.weights
     if kind == "layers":
         source = target if options.draft is None else _draft_model(options.draft, target, tokenizer)
         count = source.config.get_text_config().num_hidden_layers
@@ -136,7 +145,8 @@ def make_draft(options: Options, kind: str, target: Any, tokenizer: Any) -> Made
         path = options.draft or options.target
         whose = "the target's" if options.draft is None else f"{options.draft}'s"
         words = f"layers {', '.join(map(str, layers))} of {whose} {count}"
-        return Made(layers_draft(source, layers), partial(model_learner, path, layers=layers), words)
+        build = partial(model_learner, path, layers=layers, vocabulary=rows)
+        return Made(layers_draft(source, layers, weights=weights), build, words)
     if kind != "model":
         raise RecipeError(f"--draft-kind: expected layers, model or ngram, found {kind!r}")
     if options.draft is None:
@@ -144,7 +154,8 @@ def make_draft(options: Options, kind: str, target: Any, tokenizer: Any) -> Made
     if options.layers is not None:
         raise RecipeError("--layers: expected --draft-kind layers with it, found model: leave it out")
     model = _draft_model(options.draft, target, tokenizer)
-    return Made(ModelDraft(model), partial(model_learner, options.draft), f"the model {options.draft}")
+    build = partial(model_learner, options.draft, vocabulary=rows)
+    return Made(ModelDraft(model, weights=weights), build, f"the model {options.draft}")
 
 
 def _draft_model(path: str, target: Any, tokenizer: Any) -> Any:

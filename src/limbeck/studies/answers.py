@@ -1,0 +1,120 @@
+"""A target's answers, recorded once with its distributions: what live traffic would show, to be replayed.
+
+They are written by the engine that serves, decoding plainly, and kept by the buffer that learns, with all positions:
+nothing here computes a distribution by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from limbeck.data import read, render
+from limbeck.decoding import Sampling
+from limbeck.decoding.controller import Fixed
+from limbeck.decoding.requests import Observation, Request
+from limbeck.decoding.speculative import Engine
+from limbeck.errors import DataError
+from limbeck.models import context_length, eos_tokens
+from limbeck.online import Buffer, Trace
+from limbeck.studies.cells import Say
+from limbeck.studies.setting import Domain
+
+LONGEST_PROMPT = 256
+"""Rows with a longer prompt are left out of a domain: they would be read for longer than they are answered."""
+
+_TEXT_PROMPT = 16  # tokens of a plain text that are given
+_TOP = 64  # tokens kept of a distribution
+_SHARD = 64  # answers in a file
+_ARRAYS = [field.name for field in fields(Trace) if field.type == "Array"]
+
+
+def prompts_of(domain: Domain, tokenizer: Any, model: Any, count: int, max_tokens: int) -> list[list[int]]:
+    """The first `count` prompts of a domain that leave room for an answer, by the tokenizer's chat template where it
+    has one (plain texts: their first tokens). DataError where there are fewer."""
+    rows = read(domain.path, columns=domain.columns or None)
+    plain = "text" in rows[0] or tokenizer.chat_template is None
+    examples, _ = render(
+        rows, tokenizer, template=None if plain else "chat", prompt_tokens=_TEXT_PROMPT if "text" in rows[0] else None
+    )
+    context = context_length(model)
+    longest = LONGEST_PROMPT if context is None else min(LONGEST_PROMPT, context - max_tokens)
+    found = [list(example.tokens[: example.prompt_tokens]) for example in examples]
+    found = [prompt for prompt in found if len(prompt) <= longest]
+    if len(found) < count:
+        raise DataError(
+            f"{domain.path}: expected at least {count} prompts of at most {longest} tokens for {domain.name}, found "
+            f"{len(found)}: ask for fewer requests"
+        )
+    return found[:count]
+
+
+def record(
+    target: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    folder: Path,
+    *,
+    max_tokens: int,
+    temperature: float,
+    batch: int,
+    say: Say,
+) -> list[Trace]:
+    """The target's answers as traces with all positions, in the order of the prompts; those that are in `folder` are
+    read. An answer ends with EOS or after `max_tokens`."""
+    place = folder / _digest(target, prompts, max_tokens, temperature)
+    place.mkdir(parents=True, exist_ok=True)
+    sampling = Sampling(max_tokens, temperature=temperature, stop_tokens=tuple(eos_tokens(target, tokenizer)))
+    found: list[Trace] = []
+    for start in range(0, len(prompts), _SHARD):
+        path = place / f"{start:06d}.npz"
+        if not path.exists():
+            say(f"recording {path.parent.name}: answers {start} to {min(start + _SHARD, len(prompts)) - 1}")
+            _save(path, _answers(target, tokenizer, prompts[start : start + _SHARD], start, sampling, batch))
+        found += _load(path, start)
+    return found
+
+
+def _digest(target: Any, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float) -> str:
+    name = str(target.config.name_or_path)
+    text = f"{name} {max_tokens} {temperature} {[list(prompt) for prompt in prompts]}"
+    return f"{Path(name).name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _answers(
+    target: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], first: int, sampling: Sampling, batch: int
+) -> list[Trace]:
+    buffer = Buffer(positions="all", top=_TOP, most_bytes=1 << 40, seconds=float("inf"))
+
+    def observe(observation: Observation) -> None:
+        for row in observation.rows:
+            buffer.observe(row)
+
+    engine = Engine(target, tokenizer, {}, Fixed(None, 0), max_batch=batch, observer=observe)
+    for place, prompt in enumerate(prompts):
+        engine.add(Request(str(place), tuple(prompt), sampling, stream=(first + place,)))
+    while engine.busy:
+        for event in engine.step():
+            if event.finish_reason is not None:
+                buffer.close(event.id)
+    return list(buffer.traces)
+
+
+def _save(path: Path, traces: Sequence[Trace]) -> None:
+    arrays = {f"{trace.id}/{name}": getattr(trace, name) for trace in traces for name in _ARRAYS}
+    aside = path.with_name(f".{path.name}")
+    np.savez_compressed(aside, **arrays)
+    aside.rename(path)
+
+
+def _load(path: Path, first: int) -> Iterator[Trace]:
+    with np.load(path) as file:
+        for id_ in sorted({name.partition("/")[0] for name in file.files}, key=int):
+            number = first + int(id_)
+            arrays = {name: file[f"{id_}/{name}"] for name in _ARRAYS}
+            yield Trace(number, str(number), **arrays, role="train", until=float("inf"))

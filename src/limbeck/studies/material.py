@@ -1,0 +1,69 @@
+"""What a study works with: the target that answers, the draft as something to train, and the recorded answers."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from limbeck.models import cast, load_model, load_tokenizer, probe_autocast, set_vocabulary
+from limbeck.online import Learner, Trace, model_learner
+from limbeck.online.learner import restore
+from limbeck.online.updater import Build
+from limbeck.studies.answers import prompts_of, record
+from limbeck.studies.cells import Say
+from limbeck.studies.setting import Domain, Setting
+
+
+class Material:
+    """Loads the target, in bf16 where that is faster. `layers`: those of the draft that are kept (None: all of a
+    draft's own; by default every other one of the target's first, half as many as it has). `build`: makes the draft's
+    learner with the weights that it begins with. ModelError where they do not load."""
+
+    def __init__(self, setting: Setting, say: Say) -> None:
+        self.setting, self.say = setting, say
+        self.tokenizer: Any = load_tokenizer(setting.target)
+        target: Any = load_model(setting.target, dtype=torch.float32)
+        dtype, _ = probe_autocast(target.device, target.config.get_text_config().hidden_size)
+        self.target = target if dtype is None else cast(target, dtype)
+        self.vocabulary = max(self.tokenizer.get_vocab().values()) + 1
+        set_vocabulary(self.target, self.vocabulary)
+        self.layers = None if setting.layers is None else list(setting.layers)
+        if self.layers is None and setting.draft is None:
+            count = target.config.get_text_config().num_hidden_layers
+            self.layers = list(range(0, count, 2))[: max(1, count // 2)]
+        folder = setting.draft or setting.target
+        self.build: Build = partial(model_learner, folder, layers=self.layers, vocabulary=self.vocabulary)
+        self._answers: dict[tuple[str, int], list[Trace]] = {}
+
+    @property
+    def words(self) -> str:
+        """The two models, for the page."""
+        kept = "all layers" if self.layers is None else f"layers {', '.join(map(str, self.layers))}"
+        return f"Target {self.setting.target}, draft {self.setting.draft or 'cut from it'}, {kept}"
+
+    def prompts(self, domain: Domain, count: int) -> list[list[int]]:
+        return prompts_of(domain, self.tokenizer, self.target, count, self.setting.max_tokens)
+
+    def answers(self, domain: Domain, count: int) -> list[Trace]:
+        """The target's answers to the domain's first `count` prompts, recorded unless they are on disk."""
+        if (domain.name, count) not in self._answers:
+            self._answers[domain.name, count] = record(
+                self.target,
+                self.tokenizer,
+                self.prompts(domain, count),
+                self.setting.work / "answers",
+                max_tokens=self.setting.max_tokens,
+                temperature=self.setting.temperature,
+                batch=self.setting.batch,
+                say=self.say,
+            )
+        return self._answers[domain.name, count]
+
+
+def from_state(build: Build, state: dict[str, torch.Tensor]) -> Learner:
+    """A learner with these weights in place of its first ones."""
+    learner = build()
+    restore(learner, state)
+    return learner
