@@ -172,6 +172,10 @@ def serve(
         str | None, typer.Option(help="comma-separated, for layers: 0,2,5; by default every other")
     ] = None,
     weights: Annotated[str, typer.Option(help="of the draft's model: own, or int8 (on a CPU)")] = "own",
+    head_rows: Annotated[
+        int | None, typer.Option(min=1, help="tokens that the draft may write beside a request's own; by default all")
+    ] = None,
+    head_text: Annotated[str | None, typer.Option(help="a file of texts that says which tokens these are")] = None,
     positions: Annotated[
         str, typer.Option(help="all verified ones are trained on, or those where a drafted token was rejected")
     ] = "all",
@@ -204,6 +208,8 @@ def serve(
         draft_kind,
         layers=_numbers(layers),
         weights=weights,
+        head_rows=head_rows,
+        head_text=head_text,
         positions=_one_of("--positions", positions, ("all", "rejected")),
         host=host,
         port=port,

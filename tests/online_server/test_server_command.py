@@ -157,6 +157,22 @@ def test_serve_keeps_the_drafts_weights_in_fewer_bits(folder: str, tmp_path: Pat
     assert draft.head.project.packed is not None and draft.reader.weights == "int8"
 
 
+def test_serve_trains_on_all_verified_positions(folder: str, tmp_path: Path) -> None:
+    for chosen in ({}, {"positions": "rejected"}):
+        served, _ = assemble(options(folder, tmp_path, **chosen), None)
+        assert served.service.learning["layers"].buffer.keeps == chosen.get("positions", "all")
+
+
+def test_serve_drafts_from_a_part_of_the_vocabulary(folder: str, tmp_path: Path) -> None:
+    text = tmp_path / "texts.jsonl"
+    text.write_text('{"text": "Once upon a time there was a little girl."}\n')
+    served, _ = assemble(options(folder, tmp_path, head_rows=40, head_text=str(text)), None)
+    draft = served.service.engine.drafts["layers"]
+    words = served.tokenizer("Once upon a time", add_special_tokens=False)["input_ids"]
+    assert draft.ids_D is not None and len(draft.ids_D) == 40
+    assert set(words) <= set(draft.ids_D.tolist())
+
+
 def test_serve_refuses_a_draft_of_another_vocabulary(folder: str, tmp_path: Path, shared: Path) -> None:
     other = str(shared / "models" / "babyllama-105")
     with pytest.raises(PreflightError, match="expected the target's vocabulary of 512 tokens, found 105, for example"):
@@ -172,6 +188,8 @@ def test_serve_refuses_a_draft_of_another_vocabulary(folder: str, tmp_path: Path
         ({"layers": [7]}, "layers from 0 to 4"),
         ({"layers": [1], "draft_kind": "ngram"}, "--layers: expected a draft with a model"),
         ({"weights": "int8", "draft_kind": "ngram"}, "--weights: expected a draft with a model"),
+        ({"head_rows": 9, "draft_kind": "ngram"}, "--head-rows: expected a draft with a model"),
+        ({"head_text": "x"}, "--head-text: expected --head-rows"),
         ({"weights": "int3"}, "weights: expected one of .*'int3'"),
     ],
 )

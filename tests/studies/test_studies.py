@@ -19,6 +19,7 @@ from limbeck.errors import DataError, LimbeckError, RecipeError
 from limbeck.models import eos_tokens
 from limbeck.online import Training
 from limbeck.online.learner import snapshot
+from limbeck.online.vocabulary import likely_tokens
 from limbeck.pipeline import distill
 from limbeck.recipe import Recipe
 from limbeck.studies import STUDIES, Cells, Domain, Result, Setting, study
@@ -27,7 +28,7 @@ from limbeck.studies.material import Material
 from limbeck.studies.page import table, write
 from limbeck.studies.replay import Replay, rounds, train_offline
 from limbeck.studies.shift import recovery
-from limbeck.studies.speedup import Run, _figures, used_tokens
+from limbeck.studies.speedup import Run, _figures
 
 ROWS = Domain("sums", "embedded:train:200")
 MORE = Domain("tests", "embedded:test:200")
@@ -199,13 +200,15 @@ def test_figures_are_the_formulas() -> None:
     assert found["formula"] == pytest.approx((1 - 0.5**4) / 0.5 / (3 * 0.1 + 1.0))
 
 
-def test_a_reduced_head_holds_the_tokens_that_the_texts_use(material: Material, tmp_path: Path) -> None:
-    few = Material(setting_of(tmp_path, head_rows=10), quiet)
-    chosen = used_tokens(few)
+def test_a_reduced_head_holds_the_tokens_that_the_texts_use(material: Material) -> None:
+    chosen = likely_tokens(material.tokenizer, 10, [(ROWS.path, None)])
     assert len(chosen) == 10 == len(chosen.unique())
-    text = "".join(few.tokenizer.decode(answer.tokens) for answer in material.answers(ROWS, 5))
-    tokens = few.tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert np.isin(tokens, chosen.numpy()).mean() > 10 / few.vocabulary
+    text = "".join(material.tokenizer.decode(answer.tokens) for answer in material.answers(ROWS, 5))
+    tokens = material.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert np.isin(tokens, chosen.numpy()).mean() > 2 * 10 / material.vocabulary
+    assert likely_tokens(material.tokenizer, 5).tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(RecipeError, match="--head-rows"):
+        likely_tokens(material.tokenizer, 0)
 
 
 @pytest.mark.parametrize("name", list(STUDIES))

@@ -18,7 +18,7 @@ from limbeck.decoding.records import Completion, Mix, Prompt, Row, check_prompt
 from limbeck.decoding.sampler import Sampling, stream_key
 from limbeck.decoding.writer import write_in_place
 from limbeck.errors import RolloutError
-from limbeck.models import unwrap, vocabulary_rows
+from limbeck.models import context_length, unwrap, vocabulary_rows
 
 LOG = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def _common_limits(models: list[Any]) -> tuple[int, int | None]:
         if base.config.is_encoder_decoder:
             raise RolloutError(f"expected a causal language model, found an encoder-decoder ({base.config.model_type})")
         sizes.append(vocabulary_rows(base) or base.get_input_embeddings().weight.shape[0])
-        limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        limit = context_length(base)
         limits += [] if limit is None else [limit]
     if len(set(sizes)) > 1:
         raise RolloutError(

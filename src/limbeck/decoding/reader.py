@@ -15,7 +15,7 @@ from limbeck.decoding.modes import evaluating
 from limbeck.decoding.packed import FEW_ROWS, check_packing, install, pack
 from limbeck.decoding.ragged_cache import RaggedCache, causal_mask
 from limbeck.errors import RolloutError
-from limbeck.models import check_head, output_head, unwrap
+from limbeck.models import check_head, context_length, output_head, unwrap
 from limbeck.ops.chunked import head_logits
 
 
@@ -37,7 +37,7 @@ class Reader:
         accepted = inspect.signature(self.body.forward).parameters
         if "position_ids" not in accepted:
             raise RolloutError(f"{name}: expected a model that takes position_ids, found none: serve another")
-        self.limit: int | None = getattr(config, "max_position_embeddings", None)
+        self.limit = context_length(self.model)
         self.kinds = _mask_kinds(config)
         # Other kernels than SDPA add the mask to the scores.
         self.added = config._attn_implementation != "sdpa"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
 from limbeck.data import collate, dataset_rollout
+from limbeck.decoding import modes
 from limbeck.errors import DataError
 from limbeck.evaluation.statistics import Interval, mean_interval
 from limbeck.models import completion_hidden
@@ -131,12 +132,8 @@ def batches(rollouts: Sequence[Rollout], batch_tokens: int) -> Iterator[list[int
 @contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
     """Eval mode for what is a model among `models`; each module's mode is as before afterwards."""
-    found = [model for model in models if isinstance(model, torch.nn.Module)]
-    modes = [(module, module.training) for model in found for module in model.modules()]
-    for model in found:
-        model.eval()
-    try:
+    with ExitStack() as stack:
+        for model in models:
+            if isinstance(model, torch.nn.Module):
+                stack.enter_context(modes.evaluating(tuple(model.modules())))
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

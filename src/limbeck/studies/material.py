@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from limbeck.decoding.drafts.layers import every_other
 from limbeck.models import cast, load_model, load_tokenizer, probe_autocast, set_vocabulary
 from limbeck.online import Learner, Trace, model_learner
 from limbeck.online.learner import restore
@@ -31,8 +32,7 @@ class Material:
         set_vocabulary(self.target, self.vocabulary)
         self.layers = None if setting.layers is None else list(setting.layers)
         if self.layers is None and setting.draft is None:
-            count = target.config.get_text_config().num_hidden_layers
-            self.layers = list(range(0, count, 2))[: max(1, count // 2)]
+            self.layers = every_other(target)
         folder = setting.draft or setting.target
         self.build: Build = partial(model_learner, folder, layers=self.layers, vocabulary=self.vocabulary)
         self._answers: dict[tuple[str, int], list[Trace]] = {}

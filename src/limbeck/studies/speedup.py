@@ -4,7 +4,6 @@ the formula at the alpha, gamma and cost that were measured."""
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +11,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from limbeck.data import read
 from limbeck.decoding import Sampling
 from limbeck.decoding.adaptive import Adaptive
 from limbeck.decoding.controller import Controller, Fixed
@@ -25,6 +22,7 @@ from limbeck.decoding.drafts.ngram import NgramDraft
 from limbeck.decoding.requests import Request
 from limbeck.decoding.speculative import Engine
 from limbeck.models import eos_tokens, load_model, set_vocabulary
+from limbeck.online.vocabulary import likely_tokens
 from limbeck.studies.cells import Cells
 from limbeck.studies.material import Material
 from limbeck.studies.page import Result
@@ -101,25 +99,13 @@ def make_draft(material: Material) -> ModelDraft:
     if setting.draft is not None:
         source: Any = load_model(setting.draft, dtype=material.target.dtype)
         set_vocabulary(source, material.vocabulary)
-    rows = used_tokens(material) if setting.head_rows else None
+    rows = None
+    if setting.head_rows:
+        sources = [(domain.path, domain.columns or None) for domain in setting.domains]
+        rows = likely_tokens(material.tokenizer, setting.head_rows, sources)
     if material.layers is None:
         return ModelDraft(source, weights=setting.weights, ids_D=rows)
     return layers_draft(source, material.layers, weights=setting.weights, ids_D=rows)
-
-
-def used_tokens(material: Material) -> Tensor:
-    """The `head_rows` tokens that the domains' texts use most, filled up with the first of the vocabulary, which are
-    the earliest merges of its tokenizer."""
-    wanted = min(material.setting.head_rows, material.vocabulary)
-    counts: Counter[int] = Counter()
-    for domain in material.setting.domains:
-        rows = read(domain.path, columns=domain.columns or None)
-        texts = [" ".join(str(row[key]) for key in ("prompt", "completion", "text") if key in row) for row in rows]
-        for tokens in material.tokenizer(texts, add_special_tokens=False)["input_ids"]:
-            counts.update(tokens)
-    chosen = dict.fromkeys(token for token, _ in counts.most_common(wanted))
-    chosen |= dict.fromkeys(range(material.vocabulary))
-    return torch.tensor(sorted(list(chosen)[:wanted]))
 
 
 def _measure(material: Material, domain: Domain, way: str) -> dict[str, float]:

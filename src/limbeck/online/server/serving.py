@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import uvicorn
+from torch import Tensor
 
 from limbeck.decoding.adaptive import Adaptive
 from limbeck.decoding.controller import Fixed
 from limbeck.decoding.drafts import Draft
-from limbeck.decoding.drafts.layers import layers_draft
+from limbeck.decoding.drafts.layers import every_other, layers_draft
 from limbeck.decoding.drafts.model import ModelDraft
 from limbeck.decoding.drafts.ngram import NgramDraft
 from limbeck.decoding.speculative import Engine
@@ -30,6 +31,7 @@ from limbeck.online.server.app import Served, create_app
 from limbeck.online.server.limits import Keys, Limits, loopback
 from limbeck.online.service import Service
 from limbeck.online.updater import Build
+from limbeck.online.vocabulary import likely_tokens
 
 NGRAM = "ngram"
 
@@ -38,14 +40,17 @@ NGRAM = "ngram"
 class Options:
     """Of `limbeck serve`. draft: a model's folder. draft_kind: `model` (the default where there is a draft), `layers`
     cut from it or else from the target (the default), or `ngram` alone. layers: which; by default every other one of
-    the first. weights: of the draft's model, `own` or `int8` (on a CPU). gamma: drafted tokens a round; None: as many
-    as pay. folder: where the draft's versions are kept."""
+    the first. weights: of the draft's model, `own` or `int8` (on a CPU). head_rows: tokens that it may draft beside a
+    request's own (None: all), head_text: a file whose texts say which. gamma: drafted tokens a round; None: as many as
+    pay. folder: where the draft's versions are kept."""
 
     target: str
     draft: str | None = None
     draft_kind: str | None = None
     layers: Sequence[int] | None = None
     weights: str = "own"
+    head_rows: int | None = None
+    head_text: str | None = None
     positions: Positions = "all"
     host: str = "127.0.0.1"
     port: int = 8000
@@ -133,20 +138,22 @@ def make_draft(options: Options, kind: str, target: Any, tokenizer: Any) -> Made
     if kind == NGRAM:
         if options.draft is not None:
             raise RecipeError(f"--draft {options.draft}: expected none with --draft-kind ngram, which has no model")
-        if options.layers is not None or options.weights != "own":
-            option = "--layers" if options.layers is not None else "--weights"
+        given = {"--layers": options.layers is not None, "--weights": options.weights != "own"}
+        for option in [
+            name for name, found in {**given, "--head-rows": options.head_rows is not None}.items() if found
+        ]:
             raise RecipeError(f"{option}: expected a draft with a model, found --draft-kind ngram: leave it out")
         return Made(NgramDraft(), None, "n-grams of the requests themselves")
-    rows, weights = _vocabulary(tokenizer), options.weights
+    rows, weights, ids_D = _vocabulary(tokenizer), options.weights, _drafted(options, tokenizer)
     if kind == "layers":
         source = target if options.draft is None else _draft_model(options.draft, target, tokenizer)
         count = source.config.get_text_config().num_hidden_layers
-        layers = list(range(0, count, 2))[: max(1, count // 2)] if options.layers is None else list(options.layers)
+        layers = every_other(source) if options.layers is None else list(options.layers)
         path = options.draft or options.target
         whose = "the target's" if options.draft is None else f"{options.draft}'s"
         words = f"layers {', '.join(map(str, layers))} of {whose} {count}"
         build = partial(model_learner, path, layers=layers, vocabulary=rows)
-        return Made(layers_draft(source, layers, weights=weights), build, words)
+        return Made(layers_draft(source, layers, weights=weights, ids_D=ids_D), build, words)
     if kind != "model":
         raise RecipeError(f"--draft-kind: expected layers, model or ngram, found {kind!r}")
     if options.draft is None:
@@ -155,7 +162,15 @@ def make_draft(options: Options, kind: str, target: Any, tokenizer: Any) -> Made
         raise RecipeError("--layers: expected --draft-kind layers with it, found model: leave it out")
     model = _draft_model(options.draft, target, tokenizer)
     build = partial(model_learner, options.draft, vocabulary=rows)
-    return Made(ModelDraft(model, weights=weights), build, f"the model {options.draft}")
+    return Made(ModelDraft(model, weights=weights, ids_D=ids_D), build, f"the model {options.draft}")
+
+
+def _drafted(options: Options, tokenizer: Any) -> Tensor | None:
+    if options.head_rows is None:
+        if options.head_text is not None:
+            raise RecipeError("--head-text: expected --head-rows beside it, found none: say how many tokens")
+        return None
+    return likely_tokens(tokenizer, options.head_rows, [(options.head_text, None)] if options.head_text else [])
 
 
 def _draft_model(path: str, target: Any, tokenizer: Any) -> Any:
