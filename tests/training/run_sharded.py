@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from training_helpers import tiny_recipe
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
+from limbeck import ranks
 from limbeck.models import load_tokenizer
 from limbeck.training import build, train
 
@@ -27,4 +29,7 @@ trainer, _ = train(recipe, parts, output, quiet=True)
 losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
 if torch.distributed.get_rank() == 0:
     (output / "losses.json").write_text(json.dumps(losses))
+ranks.wait()
 torch.distributed.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # of the interpreter's own shutdown torch's threads have once made an abort, after all was written
