@@ -230,6 +230,9 @@ def test_it_learns_at_which_place_of_a_block_tokens_fall():
             )
         )
     assert len(confidence) == 2
+    record = controller.record_of("draft")
+    chances = [controller._stands(row, record, place) for place in range(3)]
+    assert chances[0] == chances[1] > 2 * chances[2]
 
 
 def test_a_long_match_is_taken_from_the_ngrams():
