@@ -192,7 +192,7 @@ def test_figures_are_the_formulas() -> None:
         class seconds:
             draft, verify = 30 * 0.01, 10 * 0.1
 
-    ours = Run(tokens=25, seconds=1.5, drafted=30, accepted=15, verified=20, alpha_sum=10.0, rounds=10)
+    ours = Run(tokens=25, seconds=1.5, timed=5, drafted=30, verified=20, alpha_sum=10.0, rounds=10)
     theirs = Run(tokens=20, seconds=2.0)
     found = _figures(ours, theirs, Spent)  # pyright: ignore[reportArgumentType]
     assert found["alpha"] == 0.5
@@ -222,6 +222,10 @@ def test_a_study_writes_its_page_and_is_not_run_again(name: str, tmp_path: Path)
         rows = list(csv.DictReader(file))
     assert rows[0]["study"] == name and float(rows[0]["value"]) >= 0 and rows[0]["seconds"]
     assert (setting.out / f"{name}.png").exists() == ("png" in text)
+    drafted = [
+        float(row["value"]) for row in rows if row["method"] == "3 drafted" and "drafted a round" in row["metric"]
+    ]
+    assert all(0 < value <= 3 for value in drafted) and bool(drafted) == (name == "osd-speedup")
     begun = [line for line in said if line.endswith("begins")]
     study(name, setting, said.append)
     assert [line for line in said if line.endswith("begins")] == begun

@@ -2,7 +2,7 @@
 would have learnt from them, request by request, without writing anything twice.
 
 What is simulated is drafting alone: at each index a drafted token stands with the probability alpha_raw that it has
-there, sum_v min(p, q), which is its exact probability where the target answers at temperature 1.
+there, sum_v min(p, q): exact in the mean over a target's answers at temperature 1, whatever the recorded token is.
 """
 
 from __future__ import annotations

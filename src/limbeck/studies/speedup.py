@@ -35,12 +35,13 @@ _DRAFT, _NGRAM = "draft", "ngram"
 
 @dataclass
 class Run:
-    """Sums over prompts: tokens and seconds after the prompt was read, and what drafting did."""
+    """Sums over prompts. `tokens`, `seconds` and `timed` rounds: after the step that reads the prompt, which is a round
+    too; the rest, `rounds` among it, is of all rounds but the reading."""
 
     tokens: int = 0
     seconds: float = 0.0
+    timed: int = 0
     drafted: int = 0
-    accepted: int = 0
     verified: int = 0
     alpha_sum: float = 0.0
     rounds: int = 0
@@ -60,6 +61,8 @@ def run(setting: Setting, cells: Cells) -> Result:
         f"prompts a domain, batch 1, at most {setting.max_tokens} tokens, temperature {setting.temperature:g}. The "
         "reading of prompts is not counted",
     )
+    if setting.head_rows:
+        result.remarks.append("The head's rows are the tokens that the domains' own texts, answers included, use most.")
     names = ("target", "draft", "layers", "requests", "max_tokens", "temperature")
     ways = {**dict.fromkeys(_ways(material), _measure), **dict.fromkeys(PEERS, _peer)}
     for domain, way in product(setting.domains, ways):
@@ -141,10 +144,10 @@ def _answer(engine: Engine, request: Request, sums: Run) -> list[int]:
             if event.counters is not None:
                 counters = event.counters
                 sums.drafted += counters.drafted
-                sums.accepted += counters.accepted
                 sums.verified += counters.verified
                 sums.alpha_sum += counters.alpha_sum
-                sums.rounds += counters.rounds - 2
+                sums.rounds += counters.rounds - 1
+                sums.timed += counters.rounds - 2
     sums.seconds += time.perf_counter() - start
     sums.tokens += len(tokens) - written
     return tokens
@@ -168,7 +171,7 @@ def _figures(ours: Run, theirs: Run, engine: Engine) -> dict[str, float]:
         "speed-up": speedup,
         "alpha": alpha,
         "drafted a round": gamma,
-        "written a round": ours.tokens / rounds,
+        "written a round": ours.tokens / max(ours.timed, 1),
         "cost of a drafted token, plain steps": cost,
         "cost of a verifying pass, plain steps": verify,
         "formula": formula,
