@@ -65,7 +65,9 @@ def distill(
     limit = pipeline.Limit.parse(budget=budget, steps=None, tokens=None) if budget else None
     run = pipeline.distill(loaded, resume=resume, limit=limit)
     if ranks.first():
-        console.print(f"student  {run.student_path}\nreport   {run.report_path}")
+        console.print(f"student  {run.student_path}")
+        if run.report_path.exists():
+            console.print(f"report   {run.report_path}")
 
 
 @app.command()
@@ -165,9 +167,11 @@ def report(
 def serve(
     target: Annotated[str, typer.Option(help="the model that is served: a folder, a .gguf file or a hub id")],
     draft: Annotated[
-        str | None, typer.Option(help="a small model of the same vocabulary; none: cut from target")
+        str | None, typer.Option(help="a small model of the same vocabulary, or a feature draft; none: cut from target")
     ] = None,
-    draft_kind: Annotated[str | None, typer.Option(help="layers, model or ngram")] = None,
+    draft_kind: Annotated[
+        str | None, typer.Option(help="layers, model, feature (on the target's hidden states) or ngram")
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(help="comma-separated, for layers: 0,2,5; by default every other")
     ] = None,

@@ -266,7 +266,7 @@ class KD(Recipe):
 
 
 class Draft(KD):
-    """A draft for speculative decoding of `teacher`: KD on the teacher's own answers, drawn as it will serve them."""
+    """A draft for speculative decoding of `teacher`: KD on its own answers. `student` may be `feature`."""
 
     method: Literal["draft"] = "draft"  # pyright: ignore[reportIncompatibleVariableOverride]
 

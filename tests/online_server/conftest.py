@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +9,7 @@ from typing import Any
 
 import openai
 import pytest
-import uvicorn
-from fastapi import FastAPI
-from online_server_helpers import NAME, Recorded, Start, client_of, served_by, service_of
+from online_server_helpers import NAME, Recorded, Start, client_of, listening, served_by, service_of
 
 from limbeck.models import load_model, load_tokenizer
 from limbeck.online.server import create_app
@@ -22,23 +19,6 @@ from limbeck.online.server import create_app
 def stories(shared: Path) -> tuple[Any, Any]:
     folder = shared / "models" / NAME
     return load_model(folder), load_tokenizer(folder)
-
-
-@contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """The address of a server in a thread."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        thread.join(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        assert not thread.is_alive()
 
 
 @pytest.fixture

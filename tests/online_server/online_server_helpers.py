@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import openai
+import uvicorn
+from fastapi import FastAPI
 
 from limbeck.decoding import Sampling, generate
 from limbeck.decoding.controller import Fixed
@@ -37,6 +39,23 @@ _CLIENT = openai.OpenAI(base_url="http://127.0.0.1", api_key="none", max_retries
 
 def client_of(address: str, key: str = "none") -> openai.OpenAI:
     return _CLIENT.with_options(base_url=f"{address}/v1", api_key=key)
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """The address of a server in a thread."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        thread.join(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:

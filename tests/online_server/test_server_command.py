@@ -21,9 +21,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from limbeck.cli import main
 from limbeck.decoding.adaptive import Adaptive
+from limbeck.decoding.drafts.feature_files import feature_net, save_feature
 from limbeck.decoding.drafts.ngram import NgramDraft
 from limbeck.errors import LimbeckError, PreflightError, RecipeError
-from limbeck.models import hidden_and_head, vocabulary_rows
+from limbeck.models import hidden_and_head, load_model, vocabulary_rows
 from limbeck.online.learner import Batch
 from limbeck.online.server.serving import Options, assemble, serve
 
@@ -112,6 +113,21 @@ def test_serve_makes_the_draft_that_is_asked_for(folder: str, tmp_path: Path) ->
     assert served.context == 512 and served.stop_tokens == (1,) and served.name == NAME
 
 
+def test_serve_takes_a_feature_draft_by_its_folder(folder: str, tmp_path: Path) -> None:
+    """With int8 weights and a part of the vocabulary; what learns is the very same draft."""
+    place = tmp_path / "draft"
+    save_feature(feature_net(load_model(folder), seed=7), place)
+    served, described = assemble(options(folder, tmp_path, draft=str(place), weights="int8", head_rows=40), None)
+    assert described.startswith(f"a layer on the target's hidden states, {place}, cold; learning")
+    learning, draft = served.service.learning["feature"], served.service.engine.drafts["feature"]
+    assert learning.buffer.taps and draft.ids_D is not None and len(draft.ids_D) == 40
+    assert draft.head.project.packed is not None
+    learner = learning.build()
+    assert learner.head.size == 512
+    for name, weight in draft.net.named_parameters():
+        torch.testing.assert_close(weight.float(), learner.trained()[name], atol=1e-2, rtol=1e-2)
+
+
 def test_serve_ignores_the_padding_of_two_vocabularies(folder: str, tmp_path: Path) -> None:
     """Heads of one family with different numbers of rows behind the tokenizer's last token."""
     torch.manual_seed(0)
@@ -183,10 +199,11 @@ def test_serve_refuses_a_draft_of_another_vocabulary(folder: str, tmp_path: Path
     ("changes", "message"),
     [
         ({"draft_kind": "model"}, "--draft-kind model: expected --draft"),
-        ({"draft_kind": "owl"}, "--draft-kind: expected layers, model or ngram, found 'owl'"),
+        ({"draft_kind": "owl"}, "--draft-kind: expected layers, model, feature or ngram, found 'owl'"),
         ({"draft": "x", "draft_kind": "ngram"}, "--draft x: expected none"),
         ({"layers": [7]}, "layers from 0 to 4"),
         ({"layers": [1], "draft_kind": "ngram"}, "--layers: expected a draft with a model"),
+        ({"layers": [1], "draft_kind": "feature"}, "--layers: expected --draft-kind layers with it, found feature"),
         ({"weights": "int8", "draft_kind": "ngram"}, "--weights: expected a draft with a model"),
         ({"head_rows": 9, "draft_kind": "ngram"}, "--head-rows: expected a draft with a model"),
         ({"head_text": "x"}, "--head-text: expected --head-rows"),

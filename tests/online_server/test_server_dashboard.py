@@ -10,9 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import listening
 from online_server_browser import Tab, browser
-from online_server_helpers import Recorded, Start, client_of, served_by
+from online_server_helpers import Recorded, Start, client_of, listening, served_by
 
 from limbeck.errors import RolloutError
 from limbeck.online.server import Keys

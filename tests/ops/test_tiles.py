@@ -53,6 +53,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         monkeypatch.setattr(tiles, "COMPILE_FROM", 1)
     yield request.param
     tiles._compiled.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    tiles._compiled_logprobs.cache_clear()  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
@@ -80,6 +81,29 @@ def test_fast_is_careful(monkeypatch: pytest.MonkeyPatch, temperature: float) ->
     monkeypatch.setattr(tiles, "CLOSED_FORMS", {})
     for found, right in zip(fast, run(), strict=True):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("path")
+def test_weights_see_the_tokens_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64, an impossible token of the head (its bias is -inf) among the others, an uneven last tile."""
+    monkeypatch.setattr(tiles, "TILE_ENTRIES", 4 * V)
+    bias = torch.randn(V).index_fill(0, torch.tensor([5]), -torch.inf)
+    head = Head(torch.randn(V, H), bias, scale=0.7)
+    teacher = Hidden(torch.randn(11, H), Head(torch.randn(V, H), softcap=5.0))
+    hidden, tokens = torch.randn(11, H), torch.randint(6, V, (11,))
+    seen: list[list[Tensor]] = []
+
+    def weights(_: slice, student_n: Tensor | None, teacher_n: Tensor | None) -> tuple[float, float]:
+        assert student_n is not None and teacher_n is not None
+        seen.append([student_n, teacher_n])
+        return 1.0, 0.0
+
+    linear_terms(hidden, head, teacher, tokens, divergence="forward_kl", weights=weights, chunk_tokens=7)
+    student_NV = 0.7 * (hidden.double() @ head.weight_VH.double().T + bias.double())
+    teacher_NV = 5 * torch.tanh(teacher.hidden_NH.double() @ teacher.head.weight_VH.double().T / 5)
+    for logits_NV, parts in zip((student_NV, teacher_NV), zip(*seen, strict=True), strict=True):
+        expected_N = logits_NV.log_softmax(-1)[range(11), tokens]
+        torch.testing.assert_close(torch.cat(parts).double(), expected_N, rtol=1e-5, atol=1e-5)
 
 
 def test_compiled_is_what_a_large_vocabulary_gets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,6 +176,14 @@ def test_unsaved_arguments_of_transformers_pass_through(recipe: Any) -> None:
         training_arguments(recipe(training={"lr_scheduler_type": "nonsense"}))
 
 
+@pytest.mark.parametrize(
+    ("best", "greater"), [("agreement", True), ("accuracy_greedy", True), ("repetition", False), ("reverse_kl", False)]
+)
+def test_the_best_checkpoint_is_the_highest_or_lowest_as_its_number_says(recipe: Any, best: str, greater: bool) -> None:
+    made = recipe(evaluation={"steps": 2, "best": best, "metrics": ["accuracy", "repetition"]})
+    assert training_arguments(made).greater_is_better is greater
+
+
 def test_mixtures_need_a_held_out_set_of_their_own(recipe: Any) -> None:
     parts = [{"path": "embedded:train:8", "weight": 1}, {"path": "embedded:eval:4", "weight": 1}]
     with pytest.raises(RecipeError, match=r"data\.eval"):

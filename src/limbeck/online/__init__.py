@@ -1,6 +1,7 @@
 """Online speculative decoding: a server whose draft model learns while it serves."""
 
 from limbeck.online.buffer import Buffer, Lot, Trace
+from limbeck.online.feature_learner import FeatureLearner, feature_learner
 from limbeck.online.gate import Gate, Watch
 from limbeck.online.learner import Learner, ModelLearner, Training, model_learner
 from limbeck.online.learning import Learning, Pace
@@ -10,6 +11,7 @@ from limbeck.online.versions import Version, Versions
 
 __all__ = [
     "Buffer",
+    "FeatureLearner",
     "Gate",
     "Learner",
     "Learning",
@@ -23,5 +25,6 @@ __all__ = [
     "Version",
     "Versions",
     "Watch",
+    "feature_learner",
     "model_learner",
 ]

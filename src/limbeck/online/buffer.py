@@ -86,7 +86,8 @@ class Buffer:
     stop by a counted coin; when newer ones have taken their place there (`held_out` of each), they are trained on.
     top: how many tokens of a distribution; None: the fewest of 8, 16, ..., 256 whose tail is at most `error` in the
     mean over the first positions, which is how far the mean acceptance measured here can be off.
-    most_bytes, seconds: bounds; the oldest go first. taps: whether the draft reads the target's hidden states.
+    most_bytes, seconds: bounds; the oldest go first. taps: whether the draft reads the target's hidden states: they are
+    kept, and no position before index 2, where it drafts nothing.
     replay: how many traces of any earlier time are kept beside the newest (a uniform sample: Vitter's algorithm R).
 
     `observe` and `close` are called from one thread, the rest from any.
@@ -155,6 +156,8 @@ class Buffer:
 
     def _places(self, row: Observed, keep: bool) -> range:
         """Which of the row's n distributions are kept: always a run of them."""
+        if self.taps and row.start < 2:  # no draft that reads hidden states has two tokens before it
+            return range(0)
         if keep or self.keeps == "all":
             return range(row.verified or 1)
         if row.rejected is not None:

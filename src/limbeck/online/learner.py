@@ -20,6 +20,9 @@ from limbeck.types import Head, Sparse
 Breathe = Callable[[], None]
 """Called between two pieces of work, each of a fraction of a second: it may wait, or raise to end the work."""
 
+Measured = Callable[[int, float, float | None], None]
+"""measured(steps so far, mean loss of the steps since the last measure, acceptance on the traces to stop by)."""
+
 _BETTER = 1e-4  # of acceptance: less is no gain
 
 
@@ -46,7 +49,13 @@ class Learner(Protocol):
         ...
 
     def predict(self, batch: Batch) -> tuple[Tensor, Head]:
-        """The hidden states (N, H) that predict the batch's positions, and the whole head."""
+        """The hidden states (N, H) that predict the batch's positions, each as the first drafted token, and the whole
+        head."""
+        ...
+
+    def lessons(self, batch: Batch) -> tuple[Tensor, Head, Tensor]:
+        """What it is trained by: hidden states (M, H), the whole head, and the position of the batch that each of them
+        predicts (M,). A draft that reads what it has made itself predicts a position in several ways."""
         ...
 
 
@@ -63,6 +72,9 @@ class ModelLearner:
     def predict(self, batch: Batch) -> tuple[Tensor, Head]:
         hidden_BTH, head = hidden_and_head(self.model, batch.tokens_BT, batch.real_BT)
         return hidden_BTH[batch.row_N, batch.index_N - 1], head
+
+    def lessons(self, batch: Batch) -> tuple[Tensor, Head, Tensor]:
+        return *self.predict(batch), torch.arange(len(batch.index_N))
 
 
 def model_learner(
@@ -202,23 +214,29 @@ def fit(
     *,
     replay: Sequence[Trace] = (),
     breathe: Breathe = lambda: None,
+    measured: Measured = lambda steps, loss, alpha: None,
 ) -> Fitted:
     """Trains on `train` and leaves the learner with the weights that accept the most on `stop`, those from before
     included. Without `stop` traces it is one epoch. With a NaN, the weights are those from before."""
     before_state = snapshot(learner)
     best = before = mean_acceptance(acceptances(learner, stop, training.batch_tokens, breathe))
     best_state, waited, steps, positions = before_state, 0, 0, 0
+    losses: list[float] = []
     epochs = training.epochs if stop else 1
     for made in _order(train, replay, training, epochs, generator):
         if isinstance(made, Batch):
             breathe()
-            if not _step(learner, optimiser, made, training):
+            loss = _step(learner, optimiser, made, training)
+            if loss is None:
                 restore(learner, before_state)
                 return Fitted(before, before, steps, positions, finite=False)
+            losses.append(loss)
             steps += 1
             positions += len(made.index_N)
             continue
         found = mean_acceptance(acceptances(learner, stop, training.batch_tokens, breathe))
+        measured(steps, sum(losses) / len(losses), found)
+        losses = []
         if best is not None and found is not None and found > best + _BETTER:
             best, best_state, waited = found, snapshot(learner), 0
         else:
@@ -245,18 +263,21 @@ def _order(
                 yield None
 
 
-def _step(learner: Learner, optimiser: torch.optim.Optimizer, made: Batch, training: Training) -> bool:
-    """One optimiser step on the mean over the batch's positions. False: it is not finite, nothing was changed."""
+def _step(learner: Learner, optimiser: torch.optim.Optimizer, made: Batch, training: Training) -> float | None:
+    """One optimiser step on the mean over the batch's lessons, which is returned. None: it is not finite, and nothing
+    was changed."""
     objective = find_objective(training.objective)
-    hidden_NH, head = learner.predict(made)
-    loss = terms(hidden_NH, head, made.signal, learner.ids_D, objective).loss_N.mean()
+    hidden_MH, head, place_M = learner.lessons(made)
+    given = made.signal
+    signal = Sparse(given.tokens_NK[place_M], given.logprobs_NK[place_M], given.tail_logprob_N[place_M])
+    loss = terms(hidden_MH, head, signal, learner.ids_D, objective).loss_N.mean()
     optimiser.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(list(learner.trained().values()), training.clip)
     if not torch.isfinite(norm) or not torch.isfinite(loss):
-        return False
+        return None
     optimiser.step()
-    return True
+    return float(loss.detach())
 
 
 def snapshot(learner: Learner) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from limbeck.ops.checks import check_request, check_shapes, find_divergence
 from limbeck.ops.sparse import buckets_of
-from limbeck.ops.tiles import Divergence, Finish, Request, Tile, at_least_float32, tile_rows, tile_terms, token_logprobs
+from limbeck.ops.tiles import Divergence, Finish, Request, Tile, at_least_float32, tile_logprobs, tile_rows, tile_terms
 from limbeck.types import Dense, Head, Hidden, Signal, Sparse, Terms
 
 BUFFER_BYTES = 232 << 20
@@ -338,12 +338,11 @@ def _weights(plan: _Plan, place: slice, tile: Tile) -> tuple[Weight, Weight]:
     student_n = teacher_n = None
     if tile.tokens_n is not None:
         if "student" in plan.weights_see:
-            student_n = token_logprobs(plan.request.student.logits(tile.student_nV, tile.student_bias_V), tile.tokens_n)
+            student_n = tile_logprobs(plan.request.student, tile.student_nV, tile.student_bias_V, tile.tokens_n)
         full = tile.teacher_nV is not None and plan.request.teacher is not None and tile.top_tokens_nK is None
         if "teacher" in plan.weights_see and full:
             assert tile.teacher_nV is not None and plan.request.teacher is not None
-            teacher_logits_nV = plan.request.teacher.logits(tile.teacher_nV, tile.teacher_bias_V)
-            teacher_n = token_logprobs(teacher_logits_nV, tile.tokens_n)
+            teacher_n = tile_logprobs(plan.request.teacher, tile.teacher_nV, tile.teacher_bias_V, tile.tokens_n)
     return plan.weights(place, student_n, teacher_n)
 
 

@@ -118,16 +118,22 @@ def tile_terms(request: Request, tile: Tile) -> tuple[Values, Tensor | None]:
     return values, bias_grad_V
 
 
-def tile_rows(vocabulary: int, rows: int, device: torch.device) -> int:
-    """Rows of one tile: what a core's cache holds, one for each thread at least; all of them on a GPU."""
-    if device.type != "cpu":
-        return rows
-    return max(torch.get_num_threads(), TILE_ENTRIES // vocabulary)
+def tile_logprobs(finish: Finish, product_nV: Tensor, bias_V: Tensor | None, tokens_n: Tensor) -> Tensor:
+    """Log-probability (n,) of each row's token at temperature 1, from the product with the head."""
+    function = _compiled_logprobs(finish) if _worth_compiling(product_nV) else functools.partial(_logprobs, finish)
+    return function(product_nV, bias_V, tokens_n)
 
 
 def token_logprobs(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
     """Log-probability (N,) of each row's token at temperature 1."""
     return _chosen(logits_NV, tokens_N) - logits_NV.logsumexp(-1)
+
+
+def tile_rows(vocabulary: int, rows: int, device: torch.device) -> int:
+    """Rows of one tile: what a core's cache holds, one for each thread at least; all of them on a GPU."""
+    if device.type != "cpu":
+        return rows
+    return max(torch.get_num_threads(), TILE_ENTRIES // vocabulary)
 
 
 def fast(request: Request, tile: Tile) -> tuple[Values, Tensor | None]:
@@ -235,6 +241,10 @@ def _chosen(logprobs_NV: Tensor, tokens_N: Tensor) -> Tensor:
     return logprobs_NV.gather(-1, tokens_N[:, None]).squeeze(-1)
 
 
+def _logprobs(finish: Finish, product_nV: Tensor, bias_V: Tensor | None, tokens_n: Tensor) -> Tensor:
+    return token_logprobs(finish.logits(product_nV, bias_V), tokens_n)
+
+
 def _worth_compiling(student_nV: Tensor) -> bool:
     return student_nV.shape[-1] >= COMPILE_FROM and _compiler_at_hand()
 
@@ -249,3 +259,8 @@ def _compiler_at_hand() -> bool:
 def _compiled(request: Request) -> Callable[[Tile], tuple[Values, Tensor | None, Tensor]]:
     compiler = cast(Any, torch).compile  # its stubs do not know `isolate_recompiles`: a request counts its own variants
     return compiler(functools.partial(_put, fast, request), isolate_recompiles=True)
+
+
+@functools.cache
+def _compiled_logprobs(finish: Finish) -> Callable[..., Tensor]:
+    return cast(Any, torch).compile(functools.partial(_logprobs, finish), isolate_recompiles=True)

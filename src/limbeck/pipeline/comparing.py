@@ -24,8 +24,8 @@ from limbeck.pipeline.distilling import Run, distill, finished, start_stage, wri
 from limbeck.pipeline.limit import Limit
 from limbeck.pipeline.table import print_comparison
 from limbeck.recipe import RECIPES, Recipe, apply_overrides
-from limbeck.report import environment, units, write_report
-from limbeck.scoring import reward_name
+from limbeck.report import environment, write_report
+from limbeck.scoring import lower_is_better, reward_name
 
 CSV_COLUMNS = ("study", "method", "seed", "metric", "value", "seconds", "command", "commit")
 
@@ -160,7 +160,7 @@ def _pair(a: str, b: str, name: str, seeds: list[int], runs: dict[tuple[str, int
     values = [np.array([runs[method, seed].metrics["per_prompt"][name] for seed in seeds]) for method in (a, b)]
     weights = _weights(runs[a, seeds[0]].metrics, "per_prompt", name)
     difference = paired_difference(
-        values[0], values[1], seeds="training", weights=weights, lower_is_better=units.lower_is_better(name)
+        values[0], values[1], seeds="training", weights=weights, lower_is_better=lower_is_better(name)
     )
     return {"a": a, "b": b, "metric": name, **asdict(difference)}
 

@@ -15,6 +15,7 @@ from limbeck.errors import CheckpointError, RecipeError
 from limbeck.models import is_sharded, save_student
 from limbeck.pipeline.assess import Assessor
 from limbeck.pipeline.card import model_card
+from limbeck.pipeline.feature_draft import check, on_features, train_on_features
 from limbeck.pipeline.limit import Limit
 from limbeck.recipe import Recipe
 from limbeck.report import environment, write_report
@@ -58,9 +59,11 @@ def distill(
     the newest whole checkpoint in the recipe's `output`. `limit` (pipeline.Limit) ends training by seconds or tokens.
     `memo` is a folder that keeps the evaluations of teacher and start, so that runs which share them share that work.
 
-    Raises LimbeckError; nothing is trained before every check has passed.
+    Raises LimbeckError; nothing is trained before every check has passed. A feature draft: see `train_on_features`.
     """
     recipe = _loaded(recipe)
+    if on_features(recipe):
+        return _feature_draft(recipe, teacher, dataset, quiet, (student, reward, callbacks, resume, limit))
     if limit is not None:
         recipe = recipe.replaced(training={**recipe.training, **limit.training()})
     folder = Path(recipe.output)
@@ -78,10 +81,8 @@ def distill(
     parts = build(
         _as_before(recipe, folder) if resume else recipe, student=student, teacher=teacher, rows=dataset, reward=reward
     )
-    command = shlex.join(["limbeck", *sys.argv[1:]])
-    dtype = "fp32" if parts.autocast is None else "bf16"
     if ranks.first():
-        write_json(folder / "environment.json", environment(command, recipe.seed, dtype=dtype))
+        _write_environment(folder, recipe, "fp32" if parts.autocast is None else "bf16")
     assessor = Assessor(recipe, parts, memo or folder / "evaluations")
     before = assessor.start()
     if ranks.first() and not quiet:
@@ -107,6 +108,26 @@ def distill(
             write_report(folder)
     ranks.wait()
     return Run(folder, evaluation)
+
+
+def _feature_draft(recipe: Recipe, teacher: Any, dataset: Any, quiet: bool, others: tuple[Any, ...]) -> Run:
+    """A run without checkpoints and report; `others`, which `distill` takes besides, must not be given."""
+    for name, given in zip(("student", "reward", "callbacks", "--resume", "--budget"), others, strict=True):
+        if given:
+            raise RecipeError(f"{name}: a feature draft is not trained by the usual trainer; leave it out")
+    check(recipe)
+    folder = Path(recipe.output)
+    _claim(folder, resume=False)
+    recipe.save(folder / "recipe.yaml")
+    _write_environment(folder, recipe, "fp32")
+    evaluation = train_on_features(recipe, folder, teacher=teacher, rows=dataset, quiet=quiet)
+    write_json(folder / "evaluation.json", evaluation)
+    return Run(folder, evaluation)
+
+
+def _write_environment(folder: Path, recipe: Recipe, dtype: str) -> None:
+    command = shlex.join(["limbeck", *sys.argv[1:]])
+    write_json(folder / "environment.json", environment(command, recipe.seed, dtype=dtype))
 
 
 def _loaded(recipe: Recipe | str | Path | dict[str, Any]) -> Recipe:

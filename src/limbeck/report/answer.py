@@ -8,6 +8,7 @@ from limbeck.report import units
 from limbeck.report.charts import Dots, Style, dot_chart
 from limbeck.report.load import Estimate, Pair, Report, Row
 from limbeck.report.units import finite
+from limbeck.scoring import lower_is_better
 
 CLEAR = ("better", "worse")
 
@@ -111,7 +112,7 @@ def pair_views(report: Report) -> list[dict[str, Any]]:
                 "decided": pair.verdict in CLEAR,
             }
             rows.append((text, Estimate(pair.difference, pair.low, pair.high)))
-        better = "lower is better" if units.lower_is_better(metric) else "higher is better"
+        better = "lower is better" if lower_is_better(metric) else "higher is better"
         views.append({"metric": units.name(metric), "better": better, "dots": dot_chart(rows, zero=True)})
     return views
 
@@ -122,7 +123,7 @@ def _best(report: Report) -> Row | None:
     known = [(mean, row) for mean, row in scored if mean is not None]
     if not known or metric is None:
         return None
-    choose = min if units.lower_is_better(metric) else max
+    choose = min if lower_is_better(metric) else max
     return choose(known, key=lambda item: item[0])[1]
 
 
@@ -155,7 +156,7 @@ def headline(report: Report) -> dict[str, str]:
         return {"first": f"{best.label} {way}.", "second": second}
     others = [f"teacher {teacher}" if teacher else "", f"start {start}" if start else ""]
     beside = ", ".join(text for text in others if text)
-    extreme = "lowest" if units.lower_is_better(report.metric) else "highest"
+    extreme = "lowest" if lower_is_better(report.metric) else "highest"
     first = f"{best.label} has the {extreme} {metric}: {score}{f' ({beside})' if beside else ''}."
     return {"first": first, "second": _clarity(report, best)}
 

@@ -44,10 +44,6 @@ def name(key: str) -> str:
     return NAMES.get(key) or NAMES.get(bare) or bare.replace("_", " ").capitalize()
 
 
-def lower_is_better(key: str) -> bool:
-    return any(word in key for word in ("kl", "loss", "perplexity", "divergence", "repetition"))
-
-
 def decimals(half_widths: Iterable[float]) -> int:
     """How many decimals the numbers of one column deserve: the interval's half-width shows, to about half a unit."""
     known = [width for width in half_widths if width > 0]

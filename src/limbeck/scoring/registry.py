@@ -32,6 +32,14 @@ WITHOUT_REFERENCE = ("length", "repetition")
 """Entries of SCORES that look at the completion alone."""
 
 
+_LOWER_IS_BETTER = ("kl", "loss", "perplexity", "divergence", "repetition", "ece", "err")
+
+
+def lower_is_better(key: str) -> bool:
+    """Whether less of a measured number is better, by its name."""
+    return any(word in _LOWER_IS_BETTER for word in key.split("_"))
+
+
 def resolve(name: str | Score) -> Score:
     """An entry of SCORES, `module:function`, or the function itself. RecipeError where there is none."""
     if callable(name):

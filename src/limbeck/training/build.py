@@ -17,6 +17,7 @@ from limbeck.data import Summary, read, render
 from limbeck.data.corpus import Corpus
 from limbeck.data.embedded import TEACHER
 from limbeck.decoding import Sampling
+from limbeck.decoding.drafts.feature_files import is_feature
 from limbeck.errors import DataError, RecipeError
 from limbeck.methods import METHODS
 from limbeck.models import (
@@ -37,7 +38,7 @@ from limbeck.models.teaching import ADAPTERS
 from limbeck.objectives import OBJECTIVES, MiniLLM
 from limbeck.plugins import imported
 from limbeck.recipe import Recipe
-from limbeck.scoring import Reward, build_reward, check_reward, reward_name
+from limbeck.scoring import Reward, build_reward, check_reward, lower_is_better, reward_name
 from limbeck.sources import Mixed, Rewarded, Student, Teacher, TokenMix, dataset
 from limbeck.teachers import TextCache, default_folder, weights_hash
 from limbeck.training.trainer import Beside
@@ -74,13 +75,18 @@ def build(recipe: Recipe, *, student: Any = None, teacher: Any = None, rows: Any
 
     Raises LimbeckError: RecipeError, DataError, ModelError, PreflightError.
     """
+    if recipe.student.path is not None and is_feature(recipe.student.path):
+        raise RecipeError(
+            f"student {recipe.student.path}: expected a language model, found a feature draft, which `limbeck distill` "
+            "trains with method=draft, and nothing else does: name a model"
+        )
     args = training_arguments(recipe)
     notes: list[str] = []
     from_start = recipe.teacher == START and teacher is None
     teacher_model: Any = None
     teacher_tokenizer: Any = None
     if not from_start:
-        teacher_model, teacher_tokenizer = _teacher(recipe, args, teacher, notes)
+        teacher_model, teacher_tokenizer = load_teacher(recipe, args, teacher, notes)
     student_model, tokenizer = _student(recipe, args, student, teacher_model, teacher_tokenizer)
     if from_start and recipe.student.lora is None:
         teacher_model, teacher_tokenizer = copy.deepcopy(student_model).requires_grad_(False).eval(), tokenizer
@@ -94,7 +100,7 @@ def build(recipe: Recipe, *, student: Any = None, teacher: Any = None, rows: Any
         check_head(student_model)
     autocast = _autocast(recipe.precision, args, student_model, notes)
     _check_samples(recipe, args)
-    train, held_out, summary = _data(recipe, tokenizer, student_model, rows)
+    train, held_out, summary = load_data(recipe, tokenizer, student_model, rows)
     return Parts(
         student=student_model,
         tokenizer=tokenizer,
@@ -138,7 +144,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             "eval_steps": steps,
             "load_best_model_at_end": True,
             "metric_for_best_model": f"eval_{best}",
-            "greater_is_better": best.removesuffix("_greedy") in map(reward_name, recipe.evaluation.metrics),
+            "greater_is_better": not lower_is_better(best),
         }
     try:
         return TrainingArguments(**settings)
@@ -277,7 +283,7 @@ def _writing_teacher(recipe: Recipe, parts: Parts, upcoming: Callable[[int], lis
     return Teacher(parts.teacher, sampling, parts.tokenizer, cache, upcoming)
 
 
-def _teacher(recipe: Recipe, args: TrainingArguments, teacher: Any, notes: list[str]) -> tuple[Any, Any]:
+def load_teacher(recipe: Recipe, args: TrainingArguments, teacher: Any, notes: list[str]) -> tuple[Any, Any]:
     """(model, tokenizer), or (None, None) where the recipe names no teacher and its method needs none."""
     if teacher is not None:
         model, tokenizer = teacher
@@ -333,7 +339,9 @@ def _autocast(precision: str, args: TrainingArguments, student: Any, notes: list
     return dtype
 
 
-def _data(recipe: Recipe, tokenizer: Any, model: Any, rows: Any) -> tuple[list[Example], list[Example], Summary]:
+def load_data(recipe: Recipe, tokenizer: Any, model: Any, rows: Any) -> tuple[list[Example], list[Example], Summary]:
+    """(the examples to train on, those held out, a summary of the first), for a model that reads `context_length`
+    tokens; `rows` as in `build`."""
     source = rows if rows is not None else recipe.data.train
     if source is None:
         raise RecipeError("data.train: expected a file, a hub id or a list of them; found none")

@@ -25,13 +25,13 @@ _MOST_UNREAD = 256  # columns of the target's states that a row keeps, unless it
 
 
 class FeatureDraft:
-    """`net` belongs to the draft from now on. weights, ids_D: see `ModelDraft`. The target's embedding and output head
-    are used as they are."""
+    """`net` belongs to the draft from now on, in the target's dtype. weights, ids_D: see `ModelDraft`. The target's
+    embedding and output head are used as they are."""
 
     def __init__(self, net: FeatureNet, target: Any, *, weights: str = "own", ids_D: Tensor | None = None) -> None:
         base: Any = unwrap(target)
         self.embedding: Any = base.get_input_embeddings()
-        self.net = net.to(self.embedding.weight.device).eval()
+        self.net = net.to(self.embedding.weight).eval()
         check_packing(weights, self.embedding.weight.device)
         self.weights = weights
         self.target_head = output_head(base)

@@ -18,6 +18,8 @@ from torch import Tensor
 from limbeck.decoding.adaptive import Adaptive
 from limbeck.decoding.controller import Fixed
 from limbeck.decoding.drafts import Draft
+from limbeck.decoding.drafts.feature import FeatureDraft
+from limbeck.decoding.drafts.feature_files import FEATURE, feature_net, is_feature
 from limbeck.decoding.drafts.layers import every_other, layers_draft
 from limbeck.decoding.drafts.model import ModelDraft
 from limbeck.decoding.drafts.ngram import NgramDraft
@@ -25,6 +27,7 @@ from limbeck.decoding.speculative import Engine
 from limbeck.errors import PreflightError, RecipeError
 from limbeck.models import cast, eos_tokens, load_model, load_tokenizer, probe_autocast, set_vocabulary
 from limbeck.online.buffer import Buffer, Positions
+from limbeck.online.feature_learner import feature_learner
 from limbeck.online.learner import model_learner
 from limbeck.online.learning import Learning
 from limbeck.online.server.app import Served, create_app
@@ -38,11 +41,12 @@ NGRAM = "ngram"
 
 @dataclass(frozen=True)
 class Options:
-    """Of `limbeck serve`. draft: a model's folder. draft_kind: `model` (the default where there is a draft), `layers`
-    cut from it or else from the target (the default), or `ngram` alone. layers: which; by default every other one of
-    the first. weights: of the draft's model, `own` or `int8` (on a CPU). head_rows: tokens that it may draft beside a
-    request's own (None: all), head_text: a file whose texts say which. gamma: drafted tokens a round; None: as many as
-    pay. folder: where the draft's versions are kept."""
+    """Of `limbeck serve`. draft: a folder, of a model or of a feature draft. draft_kind: `model` or `feature` (the
+    defaults for such folders; without one a feature draft is fresh), `layers` cut from a model or else from the target
+    (the default), or `ngram` alone. layers: which; by default every other one of the first. weights: of the draft's
+    model, `own` or `int8` (on a CPU). head_rows: tokens that it may draft beside a request's own (None: all),
+    head_text: a file whose texts say which. gamma: drafted tokens a round; None: as many as pay. folder: where the
+    draft's versions are kept."""
 
     target: str
     draft: str | None = None
@@ -105,7 +109,7 @@ def assemble(options: Options, keys: Keys | None) -> tuple[Served, str]:
         target = cast(target, dtype)
     set_vocabulary(target, _vocabulary(tokenizer))
     name = options.name or Path(options.target).resolve().name
-    kind = options.draft_kind or ("model" if options.draft else "layers")
+    kind = options.draft_kind or _kind(options.draft)
     made = make_draft(options, kind, target, tokenizer)
     drafts: dict[str, Draft] = {kind: made.draft}
     shared = made.draft if isinstance(made.draft, NgramDraft) else NgramDraft()
@@ -144,7 +148,15 @@ def make_draft(options: Options, kind: str, target: Any, tokenizer: Any) -> Made
         ]:
             raise RecipeError(f"{option}: expected a draft with a model, found --draft-kind ngram: leave it out")
         return Made(NgramDraft(), None, "n-grams of the requests themselves")
+    if options.layers is not None and kind in ("model", "feature"):
+        raise RecipeError(f"--layers: expected --draft-kind layers with it, found {kind}: leave it out")
     rows, weights, ids_D = _vocabulary(tokenizer), options.weights, _drafted(options, tokenizer)
+    if kind == "feature":
+        path = options.draft or FEATURE
+        net = feature_net(target, path)
+        build = partial(feature_learner, options.target, draft=path, vocabulary=rows)
+        words = f"a layer on the target's hidden states, {'fresh' if path == FEATURE else path}"
+        return Made(FeatureDraft(net, target, weights=weights, ids_D=ids_D), build, words)
     if kind == "layers":
         source = target if options.draft is None else _draft_model(options.draft, target, tokenizer)
         count = source.config.get_text_config().num_hidden_layers
@@ -155,14 +167,18 @@ def make_draft(options: Options, kind: str, target: Any, tokenizer: Any) -> Made
         build = partial(model_learner, path, layers=layers, vocabulary=rows)
         return Made(layers_draft(source, layers, weights=weights, ids_D=ids_D), build, words)
     if kind != "model":
-        raise RecipeError(f"--draft-kind: expected layers, model or ngram, found {kind!r}")
+        raise RecipeError(f"--draft-kind: expected layers, model, feature or ngram, found {kind!r}")
     if options.draft is None:
         raise RecipeError("--draft-kind model: expected --draft MODEL, found none: name the folder of a small model")
-    if options.layers is not None:
-        raise RecipeError("--layers: expected --draft-kind layers with it, found model: leave it out")
     model = _draft_model(options.draft, target, tokenizer)
     build = partial(model_learner, options.draft, vocabulary=rows)
     return Made(ModelDraft(model, weights=weights, ids_D=ids_D), build, f"the model {options.draft}")
+
+
+def _kind(draft: str | None) -> str:
+    if draft is None:
+        return "layers"
+    return "feature" if is_feature(draft) else "model"
 
 
 def _drafted(options: Options, tokenizer: Any) -> Tensor | None:
