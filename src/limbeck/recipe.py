@@ -123,7 +123,7 @@ class Divergence(Strict):
 
 class Evaluation(Strict):
     """`steps`: evaluate every so many optimiser steps (0: at the end, with the last weights). `best`: the held-out
-    number that picks the checkpoint (`loss`, `forward_kl`, a metric). `metrics`: names, or tables as for `reward`."""
+    number that picks the checkpoint. `metrics`: names (`ex_acc_err`: at the end alone), or tables as for `reward`."""
 
     metrics: list[str | dict[str, Any]] = []
     steps: int = Field(default=0, ge=0)

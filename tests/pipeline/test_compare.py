@@ -11,8 +11,12 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from limbeck.data import read, render
+from limbeck.data.embedded import TEACHER
 from limbeck.errors import RecipeError
-from limbeck.pipeline import Limit, compare, evaluate_folder
+from limbeck.evaluation import exposure
+from limbeck.models import load_model, load_tokenizer
+from limbeck.pipeline import Limit, compare, distill, evaluate_folder
 from limbeck.recipe import Recipe
 
 QUIET = Console(quiet=True)
@@ -27,7 +31,11 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
         "sampling": {"max_tokens": 8},
         "init": {"training": {"max_steps": 2}},
         "training": {"max_steps": 3, "per_device_train_batch_size": 4, "save_strategy": "no"},
-        "evaluation": {"metrics": [{"name": "accuracy", "column": "completion"}], "prompts": 4, "rows": 4},
+        "evaluation": {
+            "metrics": [{"name": "accuracy", "column": "completion"}, "ex_acc_err"],
+            "prompts": 4,
+            "rows": 4,
+        },
         "precision": "fp32",
         "teacher_precision": "fp32",
         "output": str(folder),
@@ -59,6 +67,11 @@ def test_a_comparison_leaves_table_pairs_numbers_and_report(done: Path) -> None:
     means = {row["method"]: row["metrics"]["forward_kl"]["mean"] for row in comparison["table"][1:]}
     assert pair["difference"] == pytest.approx(means["gkd"] - means["sft"])
     assert abs(pair["difference"]) > 1e-6
+    (pair,) = [pair for pair in comparison["pairs"] if pair["metric"] == "ex_acc_err"]
+    teacher, *others = comparison["table"]
+    means = {row["method"]: row["metrics"]["ex_acc_err"]["mean"] for row in others}
+    assert "ex_acc_err" not in teacher["metrics"]
+    assert pair["difference"] == pytest.approx(means["gkd"] - means["sft"])
     with (done / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["study", "method", "seed", "metric", "value", "seconds", "command", "commit"]
@@ -67,6 +80,21 @@ def test_a_comparison_leaves_table_pairs_numbers_and_report(done: Path) -> None:
         *((method, seed) for method in ("start", "sft", "gkd") for seed in ("0", "1")),
     }
     assert "GKD" in (done / "report.html").read_text()
+
+
+def test_excess_accumulated_error_is_that_of_the_student(done: Path) -> None:
+    teacher, tokenizer = load_model(TEACHER), load_tokenizer(done / "runs/gkd-seed1/student")
+    examples, _ = render(read("embedded:eval:4"), tokenizer)
+    options: dict[str, Any] = {"max_tokens": 8, "stop_tokens": (tokenizer.eos_token_id,), "samples": 3}
+    student = load_model(done / "runs/gkd-seed1/student")
+    found = exposure(student, teacher, examples, pad_id=tokenizer.pad_token_id, **options)
+    run = json.loads((done / "runs/gkd-seed1/evaluation.json").read_text())
+    assert run["metrics"]["ex_acc_err"]["mean"] == pytest.approx(found.percent[-1], rel=1e-4)
+
+
+def test_excess_accumulated_error_needs_a_teacher(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="expected a teacher for ex_acc_err"):
+        distill(recipe(tmp_path / "run", method="sft", teacher=None, student="embedded", init=None), quiet=True)
 
 
 def test_all_methods_of_a_seed_begin_where_its_start_ended(done: Path) -> None:

@@ -4,12 +4,13 @@ calibration, speed."""
 from limbeck.evaluation.at_k import FINAL_ANSWERS, final_answer, majority_at_k, pass_at_k
 from limbeck.evaluation.calibration import label_calibration, labelled, token_calibration
 from limbeck.evaluation.evaluate import Metrics, Scores, build_metrics, evaluate
-from limbeck.evaluation.exposure import exposure
+from limbeck.evaluation.exposure import EX_ACC_ERR, exposure
 from limbeck.evaluation.held_out import HELD_OUT, held_out, held_out_intervals
 from limbeck.evaluation.speed import speed
 from limbeck.evaluation.statistics import mean_interval, paired_difference
 
 __all__ = [
+    "EX_ACC_ERR",
     "FINAL_ANSWERS",
     "HELD_OUT",
     "Metrics",

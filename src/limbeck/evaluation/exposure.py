@@ -20,6 +20,9 @@ from limbeck.models import ADAPTERS, adapters_off, completion_hidden, context_le
 from limbeck.ops.chunked import linear_terms
 from limbeck.types import Example, Rollout, Writer
 
+EX_ACC_ERR = "ex_acc_err"
+"""The name of the curve's end among metrics."""
+
 SAMPLES = 10  # completions a prompt and writer, as in MiniLLM's figure
 RESAMPLES = 1000
 LEAST_SHARE = 0.25  # of the prompts: where fewer go on, the curve ends
@@ -40,6 +43,12 @@ class Exposure:
     on_student: list[float]
     on_teacher: list[float]
     prompts: list[int]
+
+    @property
+    def end(self) -> dict[str, float | None]:
+        """`mean`, `low` and `high` at the curve's last length."""
+        sides = {"mean": self.percent, "low": self.low, "high": self.high}
+        return {name: values[-1] if values else None for name, values in sides.items()}
 
 
 def exposure(

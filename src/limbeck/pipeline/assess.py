@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 
+from limbeck.errors import RecipeError
 from limbeck.evaluation import (
+    EX_ACC_ERR,
     HELD_OUT,
     build_metrics,
     evaluate,
+    exposure,
     held_out,
     held_out_intervals,
     mean_interval,
@@ -39,7 +42,11 @@ class Assessor:
         self.parts = parts
         self.memo = memo
         self.settings = recipe.evaluation
-        self.metrics = build_metrics(self.settings.metrics, device=parts.args.device)
+        scores = [metric for metric in self.settings.metrics if metric != EX_ACC_ERR]
+        self.exposed = len(scores) < len(self.settings.metrics)
+        if self.exposed and parts.teacher is None:
+            raise RecipeError(f"evaluation.metrics: expected a teacher for {EX_ACC_ERR}, found none: leave it out")
+        self.metrics = build_metrics(scores, device=parts.args.device)
         self.prompts: list[Example] = parts.held_out[: self.settings.prompts] if self.settings.metrics else []
         self.rows = [example for example in parts.held_out if any(example.mask)][: self.settings.rows]
 
@@ -113,6 +120,9 @@ class Assessor:
                     result["per_prompt"][name] = values_SP.mean(0).tolist()
                 result["samples"] = scores.samples
                 result["length_limit_share"] = scores.length_limit_share
+                if self.exposed and teacher is not None:
+                    result["metrics"][EX_ACC_ERR] = self._exposure(model, teacher)
+                    result["per_prompt"][EX_ACC_ERR] = [result["metrics"][EX_ACC_ERR]["mean"]]  # one of all prompts
             result["model"] = self._size_and_speed(model)
         return result
 
@@ -130,9 +140,26 @@ class Assessor:
             metrics=self.metrics,
             seeds=seeds,
             sampling_temperature=self.settings.temperature,
-            max_tokens=self.settings.max_tokens or self.recipe.sampling.max_tokens,
+            max_tokens=self._max_tokens,
             stop_tokens=self.parts.stop_tokens,
         )
+
+    def _exposure(self, model: Any, teacher: Any) -> dict[str, Any]:
+        """Excess accumulated error at the last length, with as many samples a prompt as there are evaluation seeds."""
+        curve = exposure(
+            model,
+            teacher,
+            self.prompts,
+            max_tokens=self._max_tokens,
+            stop_tokens=self.parts.stop_tokens,
+            pad_id=self.parts.tokenizer.pad_token_id,
+            samples=self.settings.seeds,
+        )
+        return {**curve.end, "values": [], "how": f"bootstrap over {len(self.prompts)} prompts"}
+
+    @property
+    def _max_tokens(self) -> int:
+        return self.settings.max_tokens or self.recipe.sampling.max_tokens
 
     def _size_and_speed(self, model: Any) -> dict[str, Any]:
         parameters, size = model_size(model)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from limbeck import ranks
 from limbeck.errors import RecipeError, did_you_mean
-from limbeck.evaluation import HELD_OUT, mean_interval, paired_difference
+from limbeck.evaluation import EX_ACC_ERR, HELD_OUT, mean_interval, paired_difference
 from limbeck.methods import METHODS
 from limbeck.pipeline.distilling import Run, distill, finished, start_stage, write_json
 from limbeck.pipeline.limit import Limit
@@ -129,7 +129,7 @@ def _comparison(
                 "steps": float(np.mean([run["steps"] for run in own])),
             }
         )
-    compared = dict.fromkeys([metric, f"{metric}_greedy", "forward_kl", "loss"])
+    compared = dict.fromkeys([metric, f"{metric}_greedy", EX_ACC_ERR, "forward_kl", "loss"])
     compared = [name for name in compared if name in first["per_prompt"]]
     pairs = [_pair(a, b, name, seeds, runs) for name in compared for b, a in combinations(methods, 2)]
     return {

@@ -16,6 +16,7 @@ from rich.table import Table
 from limbeck.data import read, render
 from limbeck.errors import DataError, RecipeError
 from limbeck.evaluation import (
+    EX_ACC_ERR,
     FINAL_ANSWERS,
     Metrics,
     Scores,
@@ -54,7 +55,7 @@ UNITS = {
     "reverse_kl": "nats",
     "length": "characters",
     "length_greedy": "characters",
-    "ex_acc_err": "%",
+    EX_ACC_ERR: "%",
 }
 
 
@@ -221,9 +222,8 @@ def _learnt(examples: list[Example]) -> bool:
 def _exposure(models: _Models, examples: list[Example], settings: dict[str, Any]) -> dict[str, Any]:
     """The whole curve, and its end."""
     pad_id = models.tokenizer.pad_token_id
-    curve = asdict(exposure(models.student, models.teacher, examples, pad_id=pad_id, **settings))
-    ends = {"mean": curve["percent"], "low": curve["low"], "high": curve["high"]}
-    return {"ex_acc_err": {name: values and values[-1] for name, values in ends.items()}, "exposure": curve}
+    curve = exposure(models.student, models.teacher, examples, pad_id=pad_id, **settings)
+    return {EX_ACC_ERR: curve.end, "exposure": asdict(curve)}
 
 
 def _calibration(
