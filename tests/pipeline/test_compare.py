@@ -84,6 +84,7 @@ def test_a_comparison_leaves_table_pairs_numbers_and_report(done: Path) -> None:
 
 def test_excess_accumulated_error_is_that_of_the_student(done: Path) -> None:
     teacher, tokenizer = load_model(TEACHER), load_tokenizer(done / "runs/gkd-seed1/student")
+    assert isinstance(tokenizer.pad_token_id, int) and isinstance(tokenizer.eos_token_id, int)
     examples, _ = render(read("embedded:eval:4"), tokenizer)
     options: dict[str, Any] = {"max_tokens": 8, "stop_tokens": (tokenizer.eos_token_id,), "samples": 3}
     student = load_model(done / "runs/gkd-seed1/student")
