@@ -205,7 +205,10 @@ def gkd_trainer(
         teacher_model=teacher,
         args=gkd.GKDConfig(**settings),
         data_collator=partial(trl_batch, examples, tokenizer.pad_token_id),
-        train_dataset=Dataset.from_dict({"place": range(len(examples))}),
+        # `length`: what the trainer groups rows by, where the settings ask for it.
+        train_dataset=Dataset.from_dict(
+            {"place": range(len(examples)), "length": [len(example.tokens) for example in examples]}
+        ),
         processing_class=tokenizer,
         callbacks=callbacks,
     )

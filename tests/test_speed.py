@@ -1,5 +1,5 @@
-"""Guards against slowness, by pytest-benchmark: ratios to the matrix products alone, in the same minute, on this
-machine. Each bound is between what limbeck takes and what the plain way takes, which is measured too."""
+"""Guards against slowness, by pytest-benchmark: in ratios to the matrix products alone, in the same minute, on this
+machine, and with a control: the plain way is measured too, and must be slower by far."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def fastest(contender: Contender, rounds: int = ROUNDS) -> float:
     return min(measured(contender)[1] for _ in range(rounds + 1))
 
 
-def over_floor(benchmark: Any, mine: Contender, plainly: Contender, least: Contender) -> tuple[float, float]:
-    """(limbeck's, the plain way's) fastest time over that of the products alone, which are taken before and after."""
+def share_left(benchmark: Any, mine: Contender, plainly: Contender, least: Contender) -> float:
+    """What limbeck takes above the products, as a share of what the plain way does: 1 is as slow as that. The products
+    are taken before and after."""
     before = fastest(least)
     benchmark.pedantic(mine.run, setup=lambda: ((mine.prepare(),), {}), rounds=ROUNDS, warmup_rounds=1)
     other = fastest(plainly, 1)
     seconds = min(before, fastest(least))
-    found = benchmark.stats.stats.min / seconds, other / seconds
-    benchmark.extra_info["limbeck_over_floor"], benchmark.extra_info["plain_over_floor"] = found
-    print(f"over the products alone: limbeck {found[0]:.2f}, the plain way {found[1]:.2f}")
-    return found
+    found = {"limbeck": benchmark.stats.stats.min / seconds, "the plain way": other / seconds}
+    benchmark.extra_info["over_floor"] = found
+    print("over the products alone:", ", ".join(f"{who} {ratio:.2f}" for who, ratio in found.items()))
+    return (found["limbeck"] - 1) / (found["the plain way"] - 1)
 
 
-@pytest.mark.parametrize(("vocabulary", "bound"), [(8192, 2.2), (32_768, 1.7)], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("vocabulary", "bound"), [(8192, 0.6), (32_768, 0.35)], ids=["eager", "compiled"])
 def test_a_divergence_costs_little_more_than_its_products(benchmark: Any, vocabulary: int, bound: float) -> None:
     assert 8192 < tiles.COMPILE_FROM <= 32_768
     inputs = made_inputs(512, 512, vocabulary, torch.float32)
     mine = contender("limbeck", "ours", ours, inputs)
     mean: Callable[..., torch.Tensor] = lambda *values: plain(*values) / 512  # noqa: E731
-    found, other = over_floor(benchmark, mine, contender("plain", "peer", mean, inputs), floor(inputs))
-    assert found < bound < other
+    assert share_left(benchmark, mine, contender("plain", "peer", mean, inputs), floor(inputs)) < bound
 
 
 def test_writing_costs_little_more_than_its_products(benchmark: Any) -> None:
@@ -66,5 +66,4 @@ def test_writing_costs_little_more_than_its_products(benchmark: Any) -> None:
 
     mine = Contender("limbeck", "ours", lambda _: written(model, prompts, sampling, 16))
     other = Contender("transformers", "peer", lambda _: theirs(model, prompts, sampling, 16))
-    found, plainly = over_floor(benchmark, mine, other, Contender("products", "floor", products))
-    assert found < 6 < plainly
+    assert share_left(benchmark, mine, other, Contender("products", "floor", products)) < 0.5
