@@ -99,9 +99,7 @@ def test_the_whole_learns_while_it_serves(tmp_path: Path) -> None:
         _traffic(service, 8, start=200)  # serving goes on
         _until(lambda: numbers()["updates"] == 2)
         assert numbers()["restarts"] == 1
-        start = time.monotonic()
-    assert time.monotonic() - start < 2  # an updater that waits for work goes at once
-    assert learning.updater.process.exitcode == 0
+    assert learning.updater.process.exitcode == 0  # an updater that waits for work goes by itself, it is not killed
 
 
 def test_a_request_teaches_the_draft_that_serves_it(tmp_path: Path) -> None:
