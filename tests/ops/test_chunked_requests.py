@@ -72,7 +72,7 @@ def test_padding_rows_of_one_side_are_no_difference(teacher_rows: int) -> None:
         ({"chunk_tokens": 0}, "at least 1, found 0"),
         ({"beta": 1.0}, "0 < beta < 1, found 1.0"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )
 def test_value_errors(options: dict[str, Any], words: str) -> None:
     signal = options.pop("signal", TEACHER)
