@@ -150,10 +150,11 @@ def test_server_tells_a_requests_own_acceptance_when_asked(client: openai.OpenAI
     assert silent.usage is not None and "limbeck" not in (silent.usage.model_extra or {})
     asked = client.completions.create(**wanted, extra_body={"acceptance": True}).usage
     by_header = client.completions.create(**wanted, extra_headers={"X-Limbeck-Acceptance": "true"}).usage
-    assert asked is not None and asked == by_header
-    found: Any = (asked.model_extra or {})["limbeck"]
-    # A round gives its accepted tokens and one more; the prompt's round gives one.
-    assert 40 <= found["accepted"] + found["rounds"] <= 40 + 3
+    for usage in (asked, by_header):  # not the same: a server decodes a round plainly now and then
+        assert usage is not None
+        found: Any = (usage.model_extra or {})["limbeck"]
+        # A round gives its accepted tokens and one more; the prompt's round gives one.
+        assert 40 <= found["accepted"] + found["rounds"] <= 40 + 3
     assert 0 < found["accepted"] < found["drafted"] and found["accepted"] <= found["verified"] <= found["drafted"]
     assert 0 < found["alpha"] < 1 and found["draft_efficiency"] == found["accepted"] / found["drafted"]
 
