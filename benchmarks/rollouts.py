@@ -157,8 +157,8 @@ def greedy_cases(quick: bool) -> list[str]:
 
 
 def greedy(case: str, quick: bool) -> Iterator[Result]:
-    """A real model answers until its own EOS: answers are 30 to 256 tokens long, and a batch that waits for its longest
-    pays for that. float32 only where it is not hopeless against bfloat16."""
+    """A real model answers until its own EOS, more questions than fit into a batch. The larger one in bf16 alone: its
+    float32 takes several minutes."""
     folder = shared("models/stories260k") if quick else real_model(case)
     tokenizer = load_tokenizer(folder)
     prompts = questions(tokenizer, 4 if quick else QUESTIONS)
