@@ -39,6 +39,7 @@ Build = Callable[[], Learner]
 _BUSY, _SHARE, _END, _WORKED = range(4)  # of the numbers that both processes see
 _NAP = 0.005  # s
 _NICE = 10
+_GRACE = 20.0  # s: told to end, it is gone in a fraction of one, but its niceness lets a busy machine make it wait
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +146,7 @@ class Updater:
         self.numbers[_END] = 1
         if self.process is not None:
             self.connection.close()  # an idle one waits for nothing else
-            self.process.join(2)
+            self.process.join(_GRACE)
             if self.process.is_alive():
                 self.process.kill()
                 self.process.join()
