@@ -24,6 +24,7 @@ from limbeck.decoding import (
     Sampling,
     generate,
     layers_draft,
+    packed,
     speculate,
 )
 from limbeck.errors import ModelError, PreflightError, RolloutError
@@ -146,8 +147,12 @@ def test_a_swap_in_the_middle_changes_no_greedy_token(model: LlamaForCausalLM, k
 
 
 @pytest.mark.parametrize("kind", ["layers", "layers int8", "feature"])
-def test_after_a_swap_the_draft_is_what_it_would_have_been(model: LlamaForCausalLM, kind: str):
+def test_after_a_swap_the_draft_is_what_it_would_have_been(
+    model: LlamaForCausalLM, kind: str, monkeypatch: pytest.MonkeyPatch
+):
     """With whatever it has packed: served from the start, the new weights draft the same."""
+    monkeypatch.setattr(packed, "LEAST", 1)
+    monkeypatch.setattr(packed.products, "packing_pays", lambda dtype: torch.backends.mkldnn.is_available())
     old, new = DRAFTS[kind](model), DRAFTS[kind](target(scale=0.3))
     nets: list[Any] = [d.net if kind == "feature" else d.reader.model for d in (old, new)]  # type: ignore[attr-defined]
     old.prepare({name: weight.clone() for name, weight in nets[1].named_parameters()}, 1)()

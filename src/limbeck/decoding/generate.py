@@ -14,6 +14,7 @@ import torch
 from limbeck.decoding.cache import beyond_attention
 from limbeck.decoding.general import write_with_transformers
 from limbeck.decoding.modes import evaluating
+from limbeck.decoding.packed import packed_weights
 from limbeck.decoding.records import Completion, Mix, Prompt, Row, check_prompt
 from limbeck.decoding.sampler import Sampling, stream_key
 from limbeck.decoding.writer import write_in_place
@@ -24,6 +25,9 @@ LOG = logging.getLogger(__name__)
 
 Write = Callable[[list[Row], int, dict[int, Completion]], None]
 """write(rows, batch_size, done): puts the rows' completions into `done`, by place, each as it ends."""
+
+_PACKS = 16
+"""Tokens of a completion from which on rearranging the weights for it is worth the time."""
 
 _FITTING: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 """The batch size that a model was left with when memory ran out: its next rollouts begin there."""
@@ -75,6 +79,8 @@ def generate(
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(tuple(model.modules())))
+            if sampling.max_tokens >= _PACKS:
+                stack.enter_context(packed_weights(model))
         write = _writer(policy, models, sampling, tokenizer, vocabulary)
         return _write_all(write, rows, batch_size, models[0])
 

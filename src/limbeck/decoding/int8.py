@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from limbeck.decoding.packed import install, pack
+from limbeck.decoding.packed import packed_weights
 from limbeck.errors import RolloutError
 from limbeck.models import unwrap
 
@@ -24,10 +24,5 @@ def int8_weights(model: Any) -> Iterator[None]:
         raise RolloutError(
             f"int8 weights: expected a model on a CPU, found {base.device.type}: set int8_rollouts=false"
         )
-    layers = pack(base, "int8")
-    try:
-        install(base, layers)
+    with packed_weights(base, "int8"):
         yield
-    finally:
-        for name in layers:
-            base.get_submodule(name).__dict__.pop("forward", None)

@@ -13,12 +13,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from limbeck.decoding.packed import Packed
+from limbeck.decoding.packed import packed
 from limbeck.decoding.ragged_cache import RaggedCache
+from limbeck.models.linear import is_linear
 
 Product = Callable[[Tensor], Tensor]
+
+LEAN_ROWS = {"own": 32, "int8": 4}
+"""Tokens of a pass up to which `Lean` is used, by how the weights are kept: it attends row by row, which saves a fixed
+time a pass, and beyond some tokens the model's own forward costs no more."""
 
 _MODULES = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _STATIC_ROTATIONS = ("default", "linear", "llama3", "yarn")
@@ -46,7 +51,7 @@ def _is_lean_layer(layer: Any) -> bool:
     return (
         set(attention) == {"q_proj", "k_proj", "v_proj", "o_proj"}
         and set(mlp) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
-        and all(type(linear) is nn.Linear for linear in linears)
+        and all(is_linear(linear) for linear in linears)
     )
 
 
@@ -69,20 +74,21 @@ class _Layer:
 
 def _joined(layers: list[Any], weights: str, new: Callable[[Any], Any]) -> Product:
     """One product for linear layers with the same input, their outputs side by side."""
-    if weights == "own":
-        if len(layers) == 1:
-            return layers[0]
-        return lambda hidden: torch.cat([layer(hidden) for layer in layers], -1)
     weight = torch.cat([new(layer.weight).detach() for layer in layers])
     biases = [weight.new_zeros(layer.out_features) if layer.bias is None else new(layer.bias) for layer in layers]
     some = any(layer.bias is not None for layer in layers)
-    return Packed(weight, torch.cat([bias.detach() for bias in biases]) if some else None)
+    product = packed(weight, torch.cat([bias.detach() for bias in biases]) if some else None, weights)
+    if product is not None:
+        return product
+    if len(layers) == 1:
+        return layers[0]
+    return lambda hidden: torch.cat([layer(hidden) for layer in layers], -1)
 
 
 class Lean:
     """The body of a model, from token ids to the last hidden states, for rows that each read `Q` tokens.
 
-    weights: see `packed.FEW_ROWS`. new: weights (of the model, by parameter) that take the place of its own.
+    weights: see `decoding.packed`. new: weights (of the model, by parameter) that take the place of its own.
     """
 
     def __init__(self, body: Any, cache: RaggedCache, weights: str, new: Mapping[Any, Tensor] | None = None) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from limbeck.decoding.cache import beyond_attention
-from limbeck.decoding.lean import Lean, is_lean
+from limbeck.decoding.lean import LEAN_ROWS, Lean, is_lean
 from limbeck.decoding.modes import evaluating
-from limbeck.decoding.packed import FEW_ROWS, check_packing, install, pack
+from limbeck.decoding.packed import Linear, check_packing, install, pack
 from limbeck.decoding.ragged_cache import RaggedCache, causal_mask
 from limbeck.errors import RolloutError
 from limbeck.models import check_head, context_length, output_head, unwrap
@@ -65,7 +66,7 @@ class Reader:
         width = max(map(len, tokens))
         input_ids_BQ = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in tokens], device=self.device)
         self.rows.place(slots, starts, width)
-        if self.lean is not None and input_ids_BQ.numel() <= FEW_ROWS[self.weights] and self.rows.written:
+        if self.lean is not None and input_ids_BQ.numel() <= LEAN_ROWS[self.weights] and self.rows.written:
             return self.lean.read(input_ids_BQ, taps)
         return self._read_by_model(input_ids_BQ, starts, taps)
 
@@ -89,13 +90,16 @@ class Reader:
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Raw logits (N, V), float32, without padding rows."""
-        return head_logits(hidden_NH, self.head)
+        return head_logits(hidden_NH, self.head, self.head_product)
+
+    @cached_property
+    def head_product(self) -> Linear:
+        """The head's product, in its own numbers however the others are kept: what is drawn depends on it most."""
+        return Linear(self.head.weight_VH[: self.head.rows], None, "own")
 
     def pack(self, new: Mapping[Any, Tensor] | None = None) -> Callable[[], None]:
         """Prepares steps with packed weights: the model's, or by parameter those of `new` in their place. The function
         returned, called in between two reads, makes it so."""
-        if self.weights == "own":
-            return lambda: None
         if self.lean is not None:
             lean = Lean(self.body, self.rows, self.weights, new)
             return lambda: setattr(self, "lean", lean)

@@ -15,6 +15,7 @@ from limbeck.models.causal import (
     vocabulary_rows,
 )
 from limbeck.models.layers import cut_layers
+from limbeck.models.linear import fast_linears
 from limbeck.models.load import cast, load_model, load_tokenizer
 from limbeck.models.preflight import preflight
 from limbeck.models.probe import model_size, probe_autocast
@@ -32,6 +33,7 @@ __all__ = [
     "cut_layers",
     "end_of_turn",
     "eos_tokens",
+    "fast_linears",
     "hidden_and_head",
     "is_sharded",
     "load_model",

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from limbeck.errors import ModelError, did_you_mean
+from limbeck.models.linear import fast_linears
 
 PathLike = str | Path
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -53,7 +54,7 @@ def load_model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
         model, info = loaded
     _require_whole(path, info)
-    return move(model, device).eval()
+    return fast_linears(move(model, device)).eval()
 
 
 def load_tokenizer(path: PathLike, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from limbeck.errors import ModelError, RecipeError, did_you_mean
 from limbeck.models.adapters import LORA_KEYS, one_copy, with_lora
 from limbeck.models.layers import cut_layers
+from limbeck.models.linear import fast_linears
 from limbeck.models.load import PathLike, load_model, load_tokenizer, locate, move
 
 _ORIGINS = ("path", "from_teacher", "from_config")
@@ -67,7 +68,7 @@ def build_student(
             model = with_lora(model, wanted["lora"])
         if "freeze" in wanted:
             _freeze(model, wanted["freeze"])
-    return model.eval(), tokenizer
+    return fast_linears(model).eval(), tokenizer
 
 
 def _freeze(model: PreTrainedModel, parts: list[str]) -> None:

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.ops.checks import check_request, check_shapes, find_divergence
+from limbeck.ops.products import linear
 from limbeck.ops.sparse import buckets_of
 from limbeck.ops.tiles import Divergence, Finish, Request, Tile, at_least_float32, tile_logprobs, tile_rows, tile_terms
 from limbeck.types import Dense, Head, Hidden, Signal, Sparse, Terms
@@ -40,13 +40,15 @@ chunk's tokens at temperature 1, detached; None without tokens or without a teac
 Must be stateless. The weight of a term that is not computed is not read."""
 
 
-def head_logits(hidden_NH: Tensor, head: Head) -> Tensor:
+def head_logits(hidden_NH: Tensor, head: Head, product: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Logits (N, rows) in float32 (float64 stays): the one place that turns hidden states into logits.
 
     The product is taken in the weight's dtype (autocast's where that is on); bias, scale and soft-cap in float32.
+    `product`: hidden @ weight.T of these rows, where somebody keeps the weight ready for it.
     """
     weight_VH = head.weight_VH[: head.rows]
-    return Finish.of(head).logits(F.linear(hidden_NH.to(weight_VH.dtype), weight_VH), head.bias_V)
+    hidden_NH = hidden_NH.to(weight_VH.dtype)
+    return Finish.of(head).logits(product(hidden_NH) if product else linear(hidden_NH, weight_VH), head.bias_V)
 
 
 def linear_divergence(

@@ -43,8 +43,7 @@ class FeatureDraft:
         self.benched = False
         self.read: dict[Live, int] = {}  # columns of its slot made from the target's states
         self.unread: dict[Live, list[Tensor]] = {}
-        if weights != "own":
-            install(net, pack(net, weights))
+        install(net, pack(net, weights))
 
     @property
     def ids_D(self) -> Tensor | None:
@@ -107,7 +106,7 @@ class FeatureDraft:
 
     def prepare(self, state: Mapping[str, Tensor], version: int) -> Callable[[], None]:
         new = fitted(dict(self.net.named_parameters()), state)
-        packed = {} if self.weights == "own" else pack(self.net, self.weights, new)
+        packed = pack(self.net, self.weights, new)
 
         def put() -> None:
             for weight, tensor in new.items():

@@ -1,0 +1,150 @@
+"""Products with a weight by the faster of two libraries that torch ships: the one it takes by itself, and oneDNN.
+
+On a CPU torch takes float32 products to MKL. On an AMD processor MKL leaves half of the machine unused, while oneDNN
+computes the same sums in half the time (both were measured, docs/benchmarks.md). A probe of this machine, tried once a
+process, decides; where oneDNN does not win nothing changes. For products of few rows, those of a model that writes,
+either library spends most of its time on rearranging the weight: `Packed` keeps it arranged.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+_LEAST = 1 << 22
+"""Multiplications from which on a product saves more than the way to oneDNN costs (some microseconds of Python)."""
+
+_LEAST_OUTER = 1 << 16
+"""Entries of a weight from which on its gradient is faster by oneDNN: it rearranges both factors first."""
+
+_GAIN = 1.2  # oneDNN must be this much faster to be taken
+
+PACKABLE = (torch.float32, torch.bfloat16)
+
+
+def linear(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> Tensor:
+    """`F.linear`: hidden (..., H) @ weight.T + bias (..., V), differentiable, in less time where oneDNN is faster."""
+    if not _by_onednn(hidden, weight_VH):
+        return F.linear(hidden, weight_VH, bias_V)
+    needed = (hidden.requires_grad, weight_VH.requires_grad, bias_V is not None and bias_V.requires_grad)
+    if torch.is_grad_enabled() and any(needed):
+        return cast(Any, _Linear).apply(hidden, weight_VH, bias_V)
+    return _onednn(hidden, weight_VH, bias_V)
+
+
+def outer(grad_NV: Tensor, hidden_NH: Tensor) -> Tensor:
+    """grad.T @ hidden (V, H): what a product's gradient is by its weight. No gradient of its own."""
+    if grad_NV.shape[1] * hidden_NH.shape[1] >= _LEAST_OUTER and _by_onednn(hidden_NH, grad_NV.T):
+        return _onednn(grad_NV.T, hidden_NH.T)
+    return grad_NV.T @ hidden_NH
+
+
+class Packed:
+    """hidden (..., H) @ weight.T + bias, in the weight's dtype, without gradients, from a copy of the weight in
+    oneDNN's own order. Takes any number of rows; what it saves is the greater the fewer they are."""
+
+    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None = None, rows: int = 1) -> None:
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_VH.detach(), rows)
+        self.bias_V = None if bias_V is None else bias_V.detach()
+        self.dtype = weight_VH.dtype
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return _onednn(hidden.to(self.dtype), self.packed, self.bias_V)
+
+
+@functools.cache
+def packing_pays(dtype: torch.dtype) -> bool:
+    """Whether `Packed` beats `F.linear` on this machine for a few rows in a dtype of `PACKABLE`."""
+    if dtype not in PACKABLE or not _has_onednn():
+        return False
+    weight_VH, hidden_NH = _probe(4096, 2048, 8, dtype)
+    packed = Packed(weight_VH, rows=8)
+    return _wins(lambda: packed(hidden_NH), lambda: F.linear(hidden_NH, weight_VH))
+
+
+@functools.cache
+def onednn_wins() -> bool:
+    """Whether oneDNN beats torch's own choice on this machine for float32 products of many rows."""
+    if not _has_onednn():
+        return False
+    weight_VH, hidden_NH = _probe(1024, 1024, 256, torch.float32)
+    return _wins(lambda: _onednn(hidden_NH, weight_VH, None), lambda: F.linear(hidden_NH, weight_VH))
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` by oneDNN, with both its gradients. A second derivative goes by torch's own products."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+        ctx.save_for_backward(hidden, weight_VH)
+        return _onednn(hidden, weight_VH, bias_V)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight_VH = ctx.saved_tensors
+        grad_NV = grad_outputs[0].reshape(-1, weight_VH.shape[0])
+        hidden_NH = hidden.reshape(-1, weight_VH.shape[1])
+        again = torch.is_grad_enabled()
+        hidden_grad = weight_grad_VH = None
+        if ctx.needs_input_grad[0]:
+            product_NH = grad_NV @ weight_VH if again else _onednn(grad_NV, weight_VH.T, None)
+            hidden_grad = product_NH.view(hidden.shape)
+        if ctx.needs_input_grad[1]:
+            weight_grad_VH = grad_NV.T @ hidden_NH if again else outer(grad_NV, hidden_NH)
+        return hidden_grad, weight_grad_VH, grad_NV.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _onednn(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(hidden, weight_VH, bias_V, "none", [], "")
+
+
+def _by_onednn(hidden: Tensor, weight_VH: Tensor) -> bool:
+    """Sharded weights and other kinds of tensors keep torch's own way, as does autocast."""
+    return (
+        hidden.dtype is torch.float32
+        and weight_VH.dtype is torch.float32
+        and hidden.numel() * weight_VH.shape[0] >= _LEAST
+        and type(hidden) in _PLAIN
+        and type(weight_VH) in _PLAIN
+        and hidden.device.type == weight_VH.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and onednn_wins()
+    )
+
+
+_PLAIN = (Tensor, Parameter)
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _probe(outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(weight (V, H), hidden (N, H)) of a probe, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    weight_VH, hidden_NH = (torch.randn(size, inputs, generator=generator).to(dtype) for size in (outputs, rows))
+    return weight_VH, hidden_NH
+
+
+def _wins(new: Callable[[], Tensor], own: Callable[[], Tensor], repeats: int = 5) -> bool:
+    """Whether `new` gives the same as `own` in less time, by the fastest of some tries of each in turn."""
+    with torch.no_grad():
+        expected, found = own(), new()  # and warm
+        tolerance = 1e-4 if expected.dtype == torch.float32 else 2e-2
+        if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
+            return False
+        fastest = [float("inf"), float("inf")]
+        for _ in range(repeats):
+            for way, product in enumerate((own, new)):
+                start = time.perf_counter()
+                product()
+                fastest[way] = min(fastest[way], time.perf_counter() - start)
+    return fastest[0] >= _GAIN * fastest[1]
