@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from limbeck.models.linear import FastLinear
+
 MIB = 1 << 20
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -139,6 +141,15 @@ def peer(module: str) -> ModuleType | None:
 def say(line: str) -> None:
     """Progress, beside the table."""
     print(line, file=sys.stderr, flush=True)
+
+
+def plain(model: Any) -> Any:
+    """The model as transformers builds it, for a peer: limbeck makes its linear layers take the faster product."""
+    module: Any
+    for module in model.modules():
+        if type(module) is FastLinear:
+            setattr(module, "__class__", torch.nn.Linear)  # noqa: B010 (pyright)
+    return model
 
 
 def llama(*, width: int, layers: int, heads: int, inner: int, vocabulary: int, dtype: torch.dtype) -> LlamaForCausalLM:

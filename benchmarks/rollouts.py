@@ -16,13 +16,14 @@ from benchmarks.common import (
     Row,
     in_turn,
     llama_15m,
+    plain,
     random_prompts,
     real_model,
     say,
     shared,
 )
 from limbeck.decoding import Sampling, generate
-from limbeck.models import eos_tokens, load_model, load_tokenizer
+from limbeck.models import eos_tokens, fast_linears, load_model, load_tokenizer
 
 PROMPT, NEW, LONGEST, LEAST = 32, 128, 256, 8
 EOS = 1
@@ -35,7 +36,7 @@ MODELS = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct")
 
 
 def ours(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, batch: int) -> list[list[int]]:
-    return [completion.tokens for completion in generate(model, prompts, sampling, batch_size=batch)]
+    return [completion.tokens for completion in generate(fast_linears(model), prompts, sampling, batch_size=batch)]
 
 
 @torch.no_grad()
@@ -53,6 +54,7 @@ def theirs(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, bat
         pad_token_id=0,
     )
     kept: list[list[int]] = []
+    plain(model)
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         width = max(map(len, part))

@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
+from benchmarks.common import plain
 from limbeck.decoding import Sampling
 from limbeck.objectives import divergence
 from limbeck.sources import Student
@@ -149,8 +150,8 @@ def distillation_run(trl: ModuleType, job: Job, student: Any) -> Callable[[], Tr
         generation_kwargs={"eos_token_id": None},
     )
     trainer = trl.DistillationTrainer(
-        model=student,
-        teacher_model=job.teacher,
+        model=plain(student),
+        teacher_model=plain(job.teacher),
         args=settings,
         train_dataset=Dataset.from_dict({"prompt": [str(place) for place in range(len(job.examples))]}),
         processing_class=job.tokenizer,
@@ -201,8 +202,8 @@ def gkd_trainer(
     is its default. Its sampling temperature (.9 by default) is 1, as its loss's is."""
     settings = {"bf16": False, "temperature": 1.0, "max_length": None, "gradient_checkpointing": False, **settings}
     return gkd.GKDTrainer(
-        model=student,
-        teacher_model=teacher,
+        model=plain(student),
+        teacher_model=plain(teacher),
         args=gkd.GKDConfig(**settings),
         data_collator=partial(trl_batch, examples, tokenizer.pad_token_id),
         # `length`: what the trainer groups rows by, where the settings ask for it.

@@ -147,3 +147,42 @@ def test_a_machine_without_onednn_keeps_its_own(monkeypatch: pytest.MonkeyPatch)
         assert not probe()
     products.onednn_wins.cache_clear()
     products.packing_pays.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_products_into_given_memory(taken: list, dtype: torch.dtype):
+    """More rows than go at once, by oneDNN and by torch's own way."""
+    outputs = products.BLOCK + 40
+    hidden, weight = torch.randn(ROWS, INPUTS).to(dtype), torch.randn(outputs, INPUTS).to(dtype)
+    out = torch.full((ROWS, outputs), torch.nan, dtype=dtype)
+    given = products.linear_into(out, hidden, weight)
+    exact = hidden.double() @ weight.double().T
+    assert given.data_ptr() == out.data_ptr() and (out - exact).abs().max() <= exact.abs().max() * (
+        4e-3 if dtype == torch.bfloat16 else 1e-6
+    )
+    assert len(taken) == (2 if dtype == torch.float32 else 0)
+    back = products.back(out, weight)
+    assert torch.allclose(back, out @ weight, rtol=1e-2, atol=1e-3 * float(back.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outer_into_adds_or_replaces(taken: list, dtype: torch.dtype):
+    """A gradient in float32, of products in both dtypes, with more rows than go at once."""
+    outputs = products.HEAD_BLOCK + 40
+    grad, hidden = torch.randn(8, outputs).to(dtype), torch.randn(8, 64).to(dtype)
+    exact = grad.double().T @ hidden.double()
+    total = torch.full((outputs, 64), torch.nan)
+    products.outer_into(total, grad, hidden, add=False)
+    close = exact.abs().max() * (8e-3 if dtype == torch.bfloat16 else 1e-6)
+    assert (total - exact).abs().max() <= close
+    products.outer_into(total, grad, hidden, add=True)
+    assert (total - 2 * exact).abs().max() <= 2 * close
+    assert bool(taken) == (dtype == torch.float32)
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_outer_into_by_torchs_own_way(add: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(products, "onednn_wins", lambda: False)
+    grad, hidden, total = torch.randn(ROWS, OUTPUTS), torch.randn(ROWS, INPUTS), torch.ones(OUTPUTS, INPUTS)
+    products.outer_into(total, grad, hidden, add=add)
+    assert torch.allclose(total, grad.T @ hidden + add, atol=1e-3)

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from limbeck.errors import RecipeError, TrainingError
+from limbeck.models.linear import FastLinear
 from limbeck.pipeline import Limit, distill
-from limbeck.training import build
-from limbeck.training.build import build_objective, training_arguments
+from limbeck.training import Trainer, build
+from limbeck.training.build import build_objective, build_source, training_arguments
 from limbeck.training.order import EpochOrder
 
 
@@ -222,3 +224,23 @@ def test_how_far_the_writer_is_from_the_student_is_logged(recipe: Any, tmp_path:
     one_by_one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
     int8 = logged("int8", lmbda=1.0, int8_rollouts=True, training=one_by_one)
     assert any(1e-5 < abs(step["rollout_kl"]) < 0.5 for step in int8)
+
+
+def test_models_that_the_user_gives_take_the_faster_products_too(recipe: Any) -> None:
+    made = recipe()
+    parts = build(made)
+    models = [parts.student, parts.teacher]
+    for module in [module for model in models for module in model.modules()]:
+        if isinstance(module, FastLinear):
+            module.__class__ = nn.Linear
+    Trainer(
+        model=parts.student,
+        args=parts.args,
+        examples=parts.train,
+        source=build_source(made, parts),
+        objective=build_objective(made),
+        teacher=parts.teacher,
+        tokenizer=parts.tokenizer,
+    )
+    kinds = {type(module) for model in models for module in model.modules() if isinstance(module, nn.Linear)}
+    assert kinds == {FastLinear}

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from limbeck.decoding.attention import step_attention
 from limbeck.decoding.cache import beyond_attention
 from limbeck.decoding.general import write_with_transformers
 from limbeck.decoding.modes import evaluating
@@ -20,6 +21,7 @@ from limbeck.decoding.sampler import Sampling, stream_key
 from limbeck.decoding.writer import write_in_place
 from limbeck.errors import RolloutError
 from limbeck.models import context_length, unwrap, vocabulary_rows
+from limbeck.ops.pages import keep_pages
 
 LOG = logging.getLogger(__name__)
 
@@ -76,11 +78,13 @@ def generate(
         return [Completion([], [], "length") for _ in rows]
     if batch_size is None:
         batch_size = 256 if sum(p.numel() for model in models for p in model.parameters()) < 100e6 else 64
+    keep_pages()
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(tuple(model.modules())))
             if sampling.max_tokens >= _PACKS:
                 stack.enter_context(packed_weights(model))
+            stack.enter_context(step_attention(model))
         write = _writer(policy, models, sampling, tokenizer, vocabulary)
         return _write_all(write, rows, batch_size, models[0])
 

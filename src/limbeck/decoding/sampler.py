@@ -239,19 +239,21 @@ def draw_scored(logits_BV: torch.Tensor, uniforms_B: torch.Tensor) -> tuple[torc
     Summed by blocks, so that only the block that is hit is summed token by token. A token of probability 0 is never
     drawn: it does not raise the sum, and the uniform is scaled by the sum it has.
     """
-    highest_B1 = logits_BV.amax(-1, keepdim=True)
-    weights_BV = (logits_BV - highest_B1).exp_()
+    weights_BV = logits_BV.softmax(-1)  # one pass in a core's cache
     short = -weights_BV.shape[-1] % _BLOCK
-    blocks_BKW = F.pad(weights_BV, (0, short)).unflatten(-1, (-1, _BLOCK))
-    sums_BK = blocks_BKW.sum(-1, dtype=torch.float64)
+    padded_BV = F.pad(weights_BV, (0, short)) if short else weights_BV
+    blocks_BKW = padded_BV.unflatten(-1, (-1, _BLOCK))
+    sums_BK = blocks_BKW.sum(-1).double()  # not by `dtype`, which makes a copy of all
     total_B = sums_BK.sum(-1)
     block_B, rest_B = _invert(sums_BK, uniforms_B * total_B)
     rows_B = torch.arange(len(block_B), device=block_B.device)
-    place_B, _ = _invert(blocks_BKW[rows_B, block_B].double(), rest_B)
+    hit_BW = blocks_BKW[rows_B, block_B].double()
+    # A block's own sum is rounded to float32: the rest is taken as a share of it.
+    place_B, _ = _invert(hit_BW, rest_B * (hit_BW.sum(-1) / sums_BK[rows_B, block_B]))
     # The clamp is reached by NaN alone, which the caller reports.
     tokens_B = (block_B * _BLOCK + place_B).clamp_(max=logits_BV.shape[-1] - 1)
-    chosen_B1 = logits_BV.gather(-1, tokens_B[:, None]) - highest_B1
-    return tokens_B, (chosen_B1[:, 0].double() - total_B.log()).to(logits_BV.dtype)
+    chosen_B1 = weights_BV.gather(-1, tokens_B[:, None])
+    return tokens_B, (chosen_B1[:, 0].double() / total_B).log().to(logits_BV.dtype)
 
 
 def _invert(weights_BN: torch.Tensor, targets_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

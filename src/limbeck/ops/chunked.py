@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from limbeck.ops.checks import check_request, check_shapes, find_divergence
-from limbeck.ops.products import linear
+from limbeck.ops.pages import keep_pages
+from limbeck.ops.products import back, linear, linear_into, outer_into
 from limbeck.ops.sparse import buckets_of
 from limbeck.ops.tiles import Divergence, Finish, Request, Tile, at_least_float32, tile_logprobs, tile_rows, tile_terms
 from limbeck.types import Dense, Head, Hidden, Signal, Sparse, Terms
@@ -28,9 +29,6 @@ BUFFER_BYTES = 232 << 20
 
 CHUNK_TOKENS = 512
 """Tokens of a chunk, where `BUFFER_BYTES` allows: from there on the products with the head run at nearly full speed."""
-
-HEAD_BLOCK = 16_384
-"""Rows of the head whose gradient is taken at once, where it is summed in another dtype than its products'."""
 
 Weight = Tensor | float
 WeightFunction = Callable[[slice, Tensor | None, Tensor | None], tuple[Weight, Weight]]
@@ -178,20 +176,10 @@ class _Gradients:
     def add(self, chunk: slice, product_grad_nV: Tensor, hidden_nH: Tensor, weight_VH: Tensor) -> None:
         """One chunk: the gradient of hidden_nH @ weight_VH.T goes on to its two factors."""
         if self.hidden_NH is not None:
-            self.hidden_NH[chunk] = product_grad_nV @ weight_VH
-        if not self.needs_weight:
-            return
-        first, total_VH = self.weight_VH is None, self._weight_sum()
-        if total_VH.dtype == weight_VH.dtype:
-            total_VH.addmm_(product_grad_nV.T, hidden_nH, beta=0 if first else 1)  # 0: what stood there is not read
-            return
-        for start in range(0, self.head.size, HEAD_BLOCK):
-            block = slice(start, min(start + HEAD_BLOCK, self.head.size))
-            part_VH = product_grad_nV[:, block].T @ hidden_nH
-            if first:
-                total_VH[block] = part_VH
-            else:
-                total_VH[block] += part_VH
+            self.hidden_NH[chunk] = back(product_grad_nV, weight_VH)
+        if self.needs_weight:
+            first = self.weight_VH is None
+            outer_into(self._weight_sum(), product_grad_nV, hidden_nH, add=not first)
 
     def _weight_sum(self) -> Tensor:
         """The real rows of the head's gradient. Not filled with zeros before: the first chunk writes them."""
@@ -268,6 +256,7 @@ def _sweep(plan: _Plan, hidden_NH: Tensor, head: Head, gradients: _Gradients | N
     """One pass over the chunks, with autograd off: the per-token values (N,) by name; `gradients` are filled."""
     tokens = hidden_NH.shape[0]
     columns = {name: hidden_NH.new_zeros(tokens, dtype=at_least_float32(plan.student_dtype)) for name in plan.columns}
+    keep_pages()
     with torch.autocast(hidden_NH.device.type, enabled=False):
         head = replace(head, weight_VH=head.weight_VH[: head.rows].to(plan.student_dtype))
         signal = _cast_signal(plan)
@@ -279,7 +268,7 @@ def _sweep(plan: _Plan, hidden_NH: Tensor, head: Head, gradients: _Gradients | N
         for start in range(0, tokens, plan.chunk_tokens):
             chunk = slice(start, min(start + plan.chunk_tokens, tokens))
             hidden_nH = hidden_NH[chunk].to(plan.student_dtype)
-            student_nV = torch.mm(hidden_nH, head.weight_VH.T, out=student_buffer_nV[: len(hidden_nH)])
+            student_nV = linear_into(student_buffer_nV[: len(hidden_nH)], hidden_nH, head.weight_VH)
             teacher_nV = _teacher_chunk(signal, chunk, teacher_buffer_nV)
             if _work_chunk(plan, chunk, student_nV, teacher_nV, head, signal, gradients, columns):
                 assert gradients is not None
@@ -359,7 +348,7 @@ def _teacher_chunk(signal: Signal | None, chunk: slice, buffer_nV: Tensor | None
     weight_VH = signal.head.weight_VH[: signal.head.rows]
     hidden_nG = signal.hidden_NH[chunk].to(weight_VH.dtype)
     assert buffer_nV is not None
-    return torch.mm(hidden_nG, weight_VH.T, out=buffer_nV[: len(hidden_nG)])
+    return linear_into(buffer_nV[: len(hidden_nG)], hidden_nG, weight_VH)
 
 
 def _cast_signal(plan: _Plan) -> Signal | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,12 @@ _LEAST = 1 << 22
 
 _LEAST_OUTER = 1 << 16
 """Entries of a weight from which on its gradient is faster by oneDNN: it rearranges both factors first."""
+
+BLOCK = 2048
+"""Rows of a weight that oneDNN is given at once where the result goes into other memory."""
+
+HEAD_BLOCK = 16_384
+"""Rows of a head whose gradient is taken at once, where it is summed in another dtype than its products'."""
 
 _GAIN = 1.2  # oneDNN must be this much faster to be taken
 
@@ -39,11 +45,46 @@ def linear(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> T
     return _onednn(hidden, weight_VH, bias_V)
 
 
+def linear_into(out_NV: Tensor, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+    """`out_NV`, filled with hidden @ weight.T; no gradients. oneDNN writes into new memory alone: by blocks, which stay
+    in the processor's cache until they are copied."""
+    if not _by_onednn(hidden_NH, weight_VH):
+        return torch.mm(hidden_NH, weight_VH.T, out=out_NV)
+    for rows in _blocks(len(weight_VH)):
+        out_NV[:, rows] = _onednn(hidden_NH, weight_VH[rows])
+    return out_NV
+
+
+def back(grad_NV: Tensor, weight_VH: Tensor) -> Tensor:
+    """grad @ weight (N, H): what a product's gradient is by its input. No gradient of its own."""
+    return _onednn(grad_NV, weight_VH.T) if _by_onednn(grad_NV, weight_VH.T) else grad_NV @ weight_VH
+
+
 def outer(grad_NV: Tensor, hidden_NH: Tensor) -> Tensor:
     """grad.T @ hidden (V, H): what a product's gradient is by its weight. No gradient of its own."""
-    if grad_NV.shape[1] * hidden_NH.shape[1] >= _LEAST_OUTER and _by_onednn(hidden_NH, grad_NV.T):
-        return _onednn(grad_NV.T, hidden_NH.T)
+    if grad_NV.shape[1] * hidden_NH.shape[1] >= _LEAST_OUTER and _by_onednn(grad_NV, hidden_NH.T):
+        return _onednn(grad_NV.T.contiguous(), hidden_NH.T.contiguous())
     return grad_NV.T @ hidden_NH
+
+
+def outer_into(total_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor, *, add: bool) -> None:
+    """`outer`, put into `total_VH` or added to it, whatever its dtype. What stood there is not read unless added to."""
+    own = not _by_onednn(grad_NV, hidden_NH.T)
+    if own and total_VH.dtype == grad_NV.dtype:
+        total_VH.addmm_(grad_NV.T, hidden_NH, beta=1 if add else 0)
+        return
+    hidden_HN = hidden_NH.T if own else hidden_NH.T.contiguous()
+    for rows in _blocks(len(total_VH), HEAD_BLOCK if own else BLOCK):
+        grad_BN = grad_NV[:, rows].T
+        part_BH = grad_BN @ hidden_NH if own else _onednn(grad_BN.contiguous(), hidden_HN)
+        if add:
+            total_VH[rows] += part_BH
+        else:
+            total_VH[rows] = part_BH
+
+
+def _blocks(size: int, block: int = BLOCK) -> Iterator[slice]:
+    return (slice(start, min(start + block, size)) for start in range(0, size, block))
 
 
 class Packed:
@@ -94,7 +135,7 @@ class _Linear(torch.autograd.Function):
         again = torch.is_grad_enabled()
         hidden_grad = weight_grad_VH = None
         if ctx.needs_input_grad[0]:
-            product_NH = grad_NV @ weight_VH if again else _onednn(grad_NV, weight_VH.T, None)
+            product_NH = grad_NV @ weight_VH if again else back(grad_NV, weight_VH)
             hidden_grad = product_NH.view(hidden.shape)
         if ctx.needs_input_grad[1]:
             weight_grad_VH = grad_NV.T @ hidden_NH if again else outer(grad_NV, hidden_NH)

@@ -26,7 +26,6 @@ from limbeck.models import (
     check_head,
     context_length,
     eos_tokens,
-    fast_linears,
     is_sharded,
     load_model,
     load_tokenizer,
@@ -288,7 +287,7 @@ def load_teacher(recipe: Recipe, args: TrainingArguments, teacher: Any, notes: l
     """(model, tokenizer), or (None, None) where the recipe names no teacher and its method needs none."""
     if teacher is not None:
         model, tokenizer = teacher
-        return fast_linears(model).requires_grad_(False).eval(), tokenizer
+        return model.requires_grad_(False).eval(), tokenizer
     needs = METHODS[recipe.method].signal != "none" or METHODS[recipe.method].source == "teacher"
     if recipe.teacher is None:
         if needs or recipe.student.from_teacher:
@@ -319,8 +318,7 @@ def _student_spec(recipe: Recipe) -> dict[str, Any]:
 
 def _student(recipe: Recipe, args: TrainingArguments, student: Any, teacher: Any, teacher_tokenizer: Any) -> Any:
     if student is not None:
-        model, tokenizer = student
-        return fast_linears(model), tokenizer
+        return student
     return build_student(
         _student_spec(recipe),
         teacher,

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from limbeck.data import at_learnt, collate, micro_batches
 from limbeck.data.corpus import Corpus
 from limbeck.errors import TrainingError
-from limbeck.models import completion_hidden
+from limbeck.models import completion_hidden, fast_linears
 from limbeck.models.teaching import teacher_hidden
 from limbeck.objectives.policy import GRADIENT_NORMS
 from limbeck.training.callbacks import Budget
@@ -85,6 +85,9 @@ class Trainer(transformers.Trainer):
         callbacks: list[Any] | None = None,
     ) -> None:
         reshard(model)
+        for given in (model, teacher):
+            if isinstance(given, torch.nn.Module):
+                fast_linears(given)
         super().__init__(
             model=model,
             args=args,
