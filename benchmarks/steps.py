@@ -31,12 +31,23 @@ from benchmarks.training import TRL_RUNS, Job, limbeck_run
 from limbeck.models import load_model, load_tokenizer, set_vocabulary
 from limbeck.types import Example
 
+OURS: dict[str, dict[str, Any]] = {
+    "limbeck": {},
+    "limbeck, gradient checkpointing": {"gradient_checkpointing": True},
+}
+
 STUDENT, TEACHER = "qwen2.5-coder-0.5b-instruct", "qwen2.5-coder-1.5b-instruct"
 
 
 def race(row: str, case: str, dtype: str, job: Job, student: Any, rounds: int) -> Iterator[Result]:
-    """Both from the same student, in turn."""
-    contenders = [Contender("limbeck", "ours", lambda run: run(), lambda: limbeck_run(job, copy.deepcopy(student)))]
+    """All from the same student, in turn. limbeck also with gradient checkpointing, which does not keep it from writing
+    with a cache, as it does trl."""
+    contenders = [
+        Contender(
+            who, "ours", lambda run: run(), partial(lambda more: limbeck_run(job, copy.deepcopy(student), **more), more)
+        )
+        for who, more in OURS.items()
+    ]
     for who, (module, ready) in TRL_RUNS.items():
         trl = peer(module)
         if trl is None:

@@ -89,13 +89,13 @@ class Trained:
         return {"step_s": min(self.seconds[1:]), "first_step_s": self.seconds[0], "tokens_per_step": tokens}
 
 
-def limbeck_run(job: Job, student: Any) -> Callable[[], Trained]:
-    """limbeck's trainer, ready."""
+def limbeck_run(job: Job, student: Any, **settings: Any) -> Callable[[], Trained]:
+    """limbeck's trainer, ready. `settings`: TrainingArguments of its own."""
     clock = Clock()
     sampling = Sampling(job.new_tokens, stop_tokens=job.stop_tokens)
     trainer = Trainer(
         model=student,
-        args=TrainingArguments(**job.arguments(), remove_unused_columns=False),
+        args=TrainingArguments(**job.arguments(), remove_unused_columns=False, **settings),
         examples=job.examples,
         source=Student(student, sampling, job.tokenizer),
         objective=partial(divergence, name="jsd", beta=0.5),

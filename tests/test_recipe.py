@@ -10,7 +10,8 @@ import yaml
 
 from limbeck.errors import RecipeError
 from limbeck.pipeline import distill
-from limbeck.recipe import GKD, PACKAGED, RECIPES, Recipe, apply_overrides
+from limbeck.recipe import GKD, RECIPES, Recipe
+from limbeck.settings import PACKAGED, apply_overrides
 
 BASE = {"method": "gkd", "teacher": "t", "student": "s"}
 

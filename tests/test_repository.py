@@ -255,7 +255,7 @@ def test_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
 @pytest.mark.slow
 def test_installed_wheel_finds_its_recipes_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     program = (
-        "import limbeck, pathlib; from limbeck.recipe import PACKAGED; print(limbeck.__file__);"
+        "import limbeck, pathlib; from limbeck.settings import PACKAGED; print(limbeck.__file__);"
         "print(*sorted(limbeck.Recipe.load(path.stem).method for path in PACKAGED.glob('*.yaml')))"
     )
     command = [str(installed / "python"), "-c", program]

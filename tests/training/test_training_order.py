@@ -232,7 +232,7 @@ def test_models_that_the_user_gives_take_the_faster_products_too(recipe: Any) ->
     models = [parts.student, parts.teacher]
     for module in [module for model in models for module in model.modules()]:
         if isinstance(module, FastLinear):
-            module.__class__ = nn.Linear
+            setattr(module, "__class__", nn.Linear)  # noqa: B010 (pyright)
     Trainer(
         model=parts.student,
         args=parts.args,

@@ -8,6 +8,8 @@ import time
 import torch
 from torch import nn
 
+from limbeck.ops.products import linear
+
 _TOKENS = 256
 _NARROW = 512  # below this width the casts of autocast cost more than its products save
 _GAIN = 1.3  # bf16 must be this much faster to be worth its rounding
@@ -46,7 +48,7 @@ def _seconds(hidden_size: int, dtype: torch.dtype | None, repeats: int = 5) -> f
     for _ in range(repeats + 1):  # the first one warms up and is slower: the minimum leaves it out
         start = time.perf_counter()
         with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            out_NF = nn.functional.linear(hidden_NH, weight)
+            out_NF = linear(hidden_NH, weight)
         out_NF.backward(torch.ones_like(out_NF))
         fastest = min(fastest, time.perf_counter() - start)
         weight.grad = hidden_NH.grad = None

@@ -57,7 +57,14 @@ def linear_into(out_NV: Tensor, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
 
 def back(grad_NV: Tensor, weight_VH: Tensor) -> Tensor:
     """grad @ weight (N, H): what a product's gradient is by its input. No gradient of its own."""
-    return _onednn(grad_NV, weight_VH.T) if _by_onednn(grad_NV, weight_VH.T) else grad_NV @ weight_VH
+    if not _by_onednn(grad_NV, weight_VH.T):
+        return grad_NV @ weight_VH
+    if len(weight_VH) <= HEAD_BLOCK:
+        return _onednn(grad_NV, weight_VH.T)
+    total_NH = grad_NV.new_zeros(len(grad_NV), weight_VH.shape[1])
+    for rows in _blocks(len(weight_VH)):  # oneDNN rearranges a weight first: a block of it stays in the cache
+        total_NH += _onednn(grad_NV[:, rows], weight_VH[rows].T)
+    return total_NH
 
 
 def outer(grad_NV: Tensor, hidden_NH: Tensor) -> Tensor:

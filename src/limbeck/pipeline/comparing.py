@@ -23,9 +23,10 @@ from limbeck.methods import METHODS
 from limbeck.pipeline.distilling import Run, distill, finished, start_stage, write_json
 from limbeck.pipeline.limit import Limit
 from limbeck.pipeline.table import print_comparison
-from limbeck.recipe import RECIPES, Recipe, apply_overrides
+from limbeck.recipe import RECIPES, Recipe
 from limbeck.report import environment, write_report
 from limbeck.scoring import lower_is_better, reward_name
+from limbeck.settings import apply_overrides
 
 CSV_COLUMNS = ("study", "method", "seed", "metric", "value", "seconds", "command", "commit")
 

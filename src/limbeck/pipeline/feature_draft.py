@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 from limbeck import ranks
-from limbeck.decoding import Engine, FeatureDraft, Fixed, Observation, Request, Sampling
+from limbeck.decoding import FeatureDraft, Sampling
 from limbeck.decoding.drafts.feature_files import FEATURE, feature_net, is_feature, save_feature
-from limbeck.errors import RecipeError, RolloutError, TrainingError
+from limbeck.errors import RecipeError, TrainingError
 from limbeck.models import eos_tokens
-from limbeck.online import Buffer, FeatureLearner, Trace, Training
+from limbeck.online import FeatureLearner, Training
 from limbeck.online.learner import fit, optimiser_of
+from limbeck.online.recording import record_answers
 from limbeck.recipe import Recipe
 from limbeck.training.build import load_data, load_teacher, training_arguments
-from limbeck.types import Example
 
 _READ = (
     *("method", "teacher", "student.path", "sampling", "divergence.name", "seed", "output", "trust_remote_code"),
@@ -31,7 +31,6 @@ _READ = (
 )
 _LEARNING_RATE, _EPOCHS = 3e-3, 20
 _BATCH = 16  # answers written at once
-_TOP = 64  # tokens kept of a distribution
 
 
 def on_features(recipe: Recipe) -> bool:
@@ -76,7 +75,9 @@ def train_on_features(
     sampling = Sampling(seed=recipe.seed, stop_tokens=eos_tokens(target, tokenizer), **recipe.sampling.model_dump())
     path = str(recipe.student.path)
     learner = FeatureLearner(feature_net(target, path, seed=recipe.seed), target)
-    answers = _answers(target, tokenizer, [*train, *held_out], sampling, path)
+    prompts = [example.prompt for example in (*train, *held_out)]
+    reader = FeatureDraft(feature_net(target, path), target)
+    answers = record_answers(target, tokenizer, prompts, sampling, batch=_BATCH, reader=reader)
     lessons = [trace for trace in answers if int(trace.id) < len(train)]
     stop = [trace for trace in answers if int(trace.id) >= len(train)]
     recorded_s = perf_counter() - start
@@ -107,29 +108,6 @@ def train_on_features(
         "steps": fitted.steps,
         "seconds": {"answers": recorded_s, "training": perf_counter() - start - recorded_s},
     }
-
-
-def _answers(target: Any, tokenizer: Any, examples: Sequence[Example], sampling: Sampling, path: str) -> list[Trace]:
-    """The target's answers to the examples' prompts, with the hidden states that the draft of this path reads: traces
-    whose id is the example's place. Those of which nothing can be learnt are left out."""
-    draft = FeatureDraft(feature_net(target, path), target)
-    draft.benched = True  # what it is shown is for the buffer, it need not read it
-    buffer = Buffer(positions="all", top=_TOP, most_bytes=1 << 60, seconds=float("inf"), taps=True)
-
-    def observe(observation: Observation) -> None:
-        for row in observation.rows:
-            buffer.observe(row)
-
-    engine = Engine(target, tokenizer, {FEATURE: draft}, Fixed(None, 0), max_batch=_BATCH, observer=observe)
-    for place, example in enumerate(examples):
-        engine.add(Request(str(place), tuple(example.prompt), sampling, (place,)))
-    while engine.busy:
-        for event in engine.step():
-            if event.error is not None:
-                raise RolloutError(f"prompt {event.id}: {event.error}")
-            if event.finish_reason is not None:
-                buffer.close(event.id)
-    return list(buffer.traces)
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,8 +1,4 @@
-"""A target's answers, recorded once with its distributions: what live traffic would show, to be replayed.
-
-They are written by the engine that serves, decoding plainly, and kept by the buffer that learns, with all positions:
-nothing here computes a distribution by itself.
-"""
+"""A target's answers, recorded once with its distributions (`online.recording`) and kept, to be replayed."""
 
 from __future__ import annotations
 
@@ -16,12 +12,10 @@ import numpy as np
 
 from limbeck.data import read, render
 from limbeck.decoding import Sampling
-from limbeck.decoding.controller import Fixed
-from limbeck.decoding.requests import Observation, Request
-from limbeck.decoding.speculative import Engine
 from limbeck.errors import DataError
 from limbeck.models import context_length, eos_tokens
-from limbeck.online import Buffer, Trace
+from limbeck.online import Trace
+from limbeck.online.recording import record_answers
 from limbeck.studies.cells import Say
 from limbeck.studies.setting import Domain
 
@@ -29,7 +23,6 @@ LONGEST_PROMPT = 256
 """Rows with a longer prompt are left out of a domain: they would be read for longer than they are answered."""
 
 _TEXT_PROMPT = 16  # tokens of a plain text that are given
-_TOP = 64  # tokens kept of a distribution
 _SHARD = 64  # answers in a file
 _ARRAYS = [field.name for field in fields(Trace) if field.type == "Array"]
 
@@ -75,7 +68,8 @@ def record(
         path = place / f"{start:06d}.npz"
         if not path.exists():
             say(f"recording {path.parent.name}: answers {start} to {min(start + _SHARD, len(prompts)) - 1}")
-            _save(path, _answers(target, tokenizer, prompts[start : start + _SHARD], start, sampling, batch))
+            shard = prompts[start : start + _SHARD]
+            _save(path, record_answers(target, tokenizer, shard, sampling, batch=batch, first=start))
         found += _load(path, start)
     return found
 
@@ -84,25 +78,6 @@ def _digest(target: Any, prompts: Sequence[Sequence[int]], max_tokens: int, temp
     name = str(target.config.name_or_path)
     text = f"{name} {max_tokens} {temperature} {[list(prompt) for prompt in prompts]}"
     return f"{Path(name).name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-def _answers(
-    target: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], first: int, sampling: Sampling, batch: int
-) -> list[Trace]:
-    buffer = Buffer(positions="all", top=_TOP, most_bytes=1 << 40, seconds=float("inf"))
-
-    def observe(observation: Observation) -> None:
-        for row in observation.rows:
-            buffer.observe(row)
-
-    engine = Engine(target, tokenizer, {}, Fixed(None, 0), max_batch=batch, observer=observe)
-    for place, prompt in enumerate(prompts):
-        engine.add(Request(str(place), tuple(prompt), sampling, stream=(first + place,)))
-    while engine.busy:
-        for event in engine.step():
-            if event.finish_reason is not None:
-                buffer.close(event.id)
-    return list(buffer.traces)
 
 
 def _save(path: Path, traces: Sequence[Trace]) -> None:
