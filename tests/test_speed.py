@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.common import Contender, llama, measured, random_prompts
@@ -16,6 +15,7 @@ from benchmarks.divergence import contender, floor, made_inputs, ours, plain
 from benchmarks.rollouts import EOS, theirs, with_eos
 from benchmarks.rollouts import ours as written
 from limbeck.decoding import Sampling
+from limbeck.decoding.packed import Linear
 from limbeck.ops import tiles
 
 ROUNDS = 3
@@ -56,13 +56,14 @@ def test_writing_costs_little_more_than_its_products(benchmark: Any) -> None:
     prompts = random_prompts(48, 16, 16_384)
     sampling = Sampling(96, stop_tokens=(EOS,), min_tokens=8)
     tokens = sum(map(len, written(model, prompts, sampling, 16)))
-    inputs = [(layer, torch.randn(16, layer.in_features)) for layer in model.modules() if isinstance(layer, nn.Linear)]
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    ready = [(Linear(layer.weight, None, "own"), torch.randn(16, layer.in_features)) for layer in layers]
 
     @torch.inference_mode()
     def products(_state: None) -> None:
         for _ in range(tokens // 16):
-            for layer, input_NI in inputs:
-                F.linear(input_NI, layer.weight)
+            for product, input_NI in ready:
+                product(input_NI)
 
     mine = Contender("limbeck", "ours", lambda _: written(model, prompts, sampling, 16))
     other = Contender("transformers", "peer", lambda _: theirs(model, prompts, sampling, 16))

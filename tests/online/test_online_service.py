@@ -6,12 +6,13 @@ import time
 from typing import Any
 
 import pytest
+import torch
 from online_helpers import GREEDY, Listener, llama, prompts, submit_all
 
-from limbeck.decoding import Sampling, generate
+from limbeck.decoding import FeatureDraft, FeatureNet, Sampling, feature_shape, generate
 from limbeck.decoding.controller import Fixed, Round
 from limbeck.decoding.drafts.layers import layers_draft
-from limbeck.decoding.requests import Request
+from limbeck.decoding.requests import Observed, Request
 from limbeck.decoding.speculative import Engine
 from limbeck.errors import RolloutError
 from limbeck.online import (
@@ -148,3 +149,32 @@ def test_speedup_is_of_rounds_with_as_many_requests() -> None:
     assert ledger.speedup == pytest.approx(4.0)
     assert ledger.plain_tokens_per_s == pytest.approx(60 / 11)
     assert Ledger().speedup is None and Ledger().plain_tokens_per_s is None
+
+
+class Seen:
+    """In the place of what learns: the hidden states that it is shown."""
+
+    def __init__(self) -> None:
+        self.hidden: list[torch.Tensor | None] = []
+
+    def observe(self, row: Observed, *, own: bool) -> None:
+        self.hidden.append(row.hidden_TF)
+
+
+def test_each_draft_learns_from_the_layers_that_it_reads() -> None:
+    """Two drafts of other layers on one engine, and one that reads none."""
+    model, taps = llama(), {"low": (0, 1), "high": (1, 2)}
+    drafts = {name: FeatureDraft(FeatureNet(feature_shape(model, own)), model) for name, own in taps.items()}
+    engine = Engine(model, None, {**drafts, "cut": layers_draft(model, [0])}, Fixed(None, 0), max_batch=4)
+    learning: Any = {name: Seen() for name in engine.drafts}
+    Service(engine, learning=learning)
+    engine.add(Request("r", (5, 6, 7), Sampling(4, temperature=0.0)))
+    while engine.busy:
+        engine.step()
+    assert set(learning["cut"].hidden) == {None}
+    for name, own in taps.items():
+        columns_TF = torch.cat(learning[name].hidden)
+        with torch.no_grad():
+            states = model(torch.tensor([[5, 6, 7]]), output_hidden_states=True).hidden_states
+        expected_TF = torch.cat([states[tap][0] for tap in own], -1)
+        assert torch.allclose(columns_TF[:3], expected_TF, atol=1e-5), name

@@ -271,7 +271,7 @@ class Engine:
                 observed.append(self._observed(row, verdict, block, before, logits_BQV[place, :kept], hidden_TF))
             if event.finish_reason is None:
                 for name, draft in self.drafts.items():
-                    draft.settle(row, before + min(verdict.accepted, kept), self._tapped_by(name, hidden_TF))
+                    draft.settle(row, before + min(verdict.accepted, kept), self.tapped_by(name, hidden_TF))
         if self.observer is not None and observed:
             self.observer(Observation(observed))
         # Nobody moves into another slot before all NaN is gone: it would move along.
@@ -320,7 +320,7 @@ class Engine:
             version=self.drafts[block.name].version if block else 0,
         )
 
-    def _tapped_by(self, name: str, hidden_TF: Tensor | None) -> Tensor | None:
+    def tapped_by(self, name: str, hidden_TF: Tensor | None) -> Tensor | None:
         """What one draft reads of the hidden states of all `taps`."""
         own = self.own_taps[name]
         if hidden_TF is None or not own:

@@ -63,7 +63,7 @@ class FeatureLearner:
             found = "none" if columns_BTF is None else columns_BTF.shape[2]
             raise ModelError(
                 f"feature draft: expected {width} numbers of the target's hidden states a column to train on, found "
-                f"{found}: give its buffer taps=True, and let no other draft of the engine read other layers"
+                f"{found}: give its buffer taps=True, and what `Engine.tapped_by` gives of an observation"
             )
         if int(batch.index_N.min()) < FIRST_DRAFTED:
             raise ModelError(

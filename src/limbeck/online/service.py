@@ -323,7 +323,8 @@ class Service:
     def _observe(self, observation: Observation) -> None:
         for row in observation.rows:
             for name in self._taught_by(row.request):
-                self.learning[name].observe(row, own=row.draft == name)
+                seen = replace(row, hidden_TF=self.engine.tapped_by(name, row.hidden_TF))
+                self.learning[name].observe(seen, own=row.draft == name)
 
     def _taught_by(self, request: Request) -> Iterable[str]:
         """A request teaches the draft that it was routed to, and where nobody chose, all."""
