@@ -54,3 +54,16 @@ def test_what_is_written_in_bf16_has_the_log_probabilities_of_a_full_forward():
             logits = model(torch.tensor([prompt + completion.tokens])).logits[0, len(prompt) - 1 : -1].float()
         full = logits.log_softmax(-1).gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
         assert (full - torch.tensor(completion.logprobs)).abs().max() < 0.06
+
+
+def test_what_two_products_do_not_know_goes_to_torchs_kernel():
+    """A mask that is added, and a soft-cap, which transformers refuses here."""
+    module: Any = nn.Module()
+    module.num_key_value_groups, module.is_causal = 1, False
+    query, key, value, mask = tensors(1, 4)
+    added = torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill(~mask, -torch.inf)
+    found, _ = _attend(module, query, key, value, added)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=added)
+    assert torch.equal(found.transpose(1, 2), expected)
+    with pytest.raises(ValueError, match="softcap"):
+        _attend(module, query, key, value, mask, softcap=30.0)

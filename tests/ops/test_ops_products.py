@@ -61,12 +61,14 @@ def test_only_gradients_that_are_asked_for_are_computed(taken: list):
     assert hidden.grad is not None and taken == [(OUTPUTS, INPUTS), (INPUTS, OUTPUTS)]
 
 
-def test_a_second_derivative_is_right(taken: list):
+@pytest.mark.parametrize("by_weight", [False, True])
+def test_a_second_derivative_is_right(taken: list, by_weight: bool):
     hidden, weight, _ = inputs(ROWS)
+    of, by = (weight, hidden) if by_weight else (hidden, weight)
     seconds = []
     for product in (products.linear, F.linear):
-        (first,) = torch.autograd.grad(product(hidden, weight).pow(2).sum(), hidden, create_graph=True)
-        seconds.append(torch.autograd.grad(first.pow(2).sum(), weight)[0])
+        (first,) = torch.autograd.grad(product(hidden, weight).pow(2).sum(), of, create_graph=True)
+        seconds.append(torch.autograd.grad(first.pow(2).sum(), by)[0])
     assert torch.allclose(*seconds, rtol=1e-3, atol=seconds[1].abs().max().item() * 1e-5)
 
 

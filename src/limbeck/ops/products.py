@@ -28,7 +28,8 @@ BLOCK = 2048
 """Rows of a weight that oneDNN is given at once where the result goes into other memory."""
 
 HEAD_BLOCK = 16_384
-"""Rows of a head whose gradient is taken at once, where it is summed in another dtype than its products'."""
+"""Rows of a weight up to which a gradient is taken at once: that by the input, and that by the weight itself by torch's
+own product where it is summed in another dtype than the product's."""
 
 _GAIN = 1.2  # oneDNN must be this much faster to be taken
 
