@@ -12,7 +12,8 @@ import pytest
 SRC = Path(__file__).resolve().parents[2] / "src"
 
 # The peak of a process is what the kernel counts (ru_maxrss, KiB), above what it was with the inputs in memory, which
-# are made in place so that this start is no peak itself. A first small call loads the libraries' code and workspaces.
+# are made in place so that this start is no peak itself. A first call of few tokens loads the libraries' code and
+# workspaces, the compiler's too, of which more or less is counted as the machine has read these files before.
 SCRIPT = """
 import resource, torch
 from limbeck.ops import linear_terms
@@ -33,7 +34,7 @@ def run(hidden, head, states, teacher, tokens):
         assert hidden.grad.isfinite().all() and head.weight_VH.grad.shape == (len(head.weight_VH), H)
     assert terms.loss_N.isfinite().all()
 
-run(*make(8, 64))
+run(*make(8, 16_384))
 inputs = make(N, V)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run(*inputs)
@@ -52,13 +53,13 @@ def peak_bytes(*, N: int, V: int, H: int, divergence: str | None, learn: bool = 
 
 
 def test_cross_entropy_over_a_large_vocabulary() -> None:
-    """[N, V] alone would be 1.07 GB in float32; it takes .17 GB."""
-    assert peak_bytes(N=1024, V=262_144, H=16, divergence=None) < 0.4e9
+    """[N, V] alone would be 1.07 GB in float32; it takes .27 GB."""
+    assert peak_bytes(N=1024, V=262_144, H=16, divergence=None) < 0.3e9
 
 
 def test_no_gradient_is_kept_where_none_is_asked_for() -> None:
     """The head's own gradient would be 0.27 GB."""
-    assert peak_bytes(N=64, V=65_536, H=1024, divergence=None, learn=False) < 0.15e9
+    assert peak_bytes(N=64, V=65_536, H=1024, divergence=None, learn=False) < 0.08e9
 
 
 @pytest.mark.slow
@@ -66,4 +67,9 @@ def test_jsd_at_a_real_size() -> None:
     """Qwen2.5-0.5B's head: 0.55 GB is the head's own gradient; [N, V] would be 0.62 GB, and JSD holds a dozen."""
     measured = peak_bytes(N=1024, V=151_936, H=896, divergence="jsd")
     print(f"peak over the inputs: {measured / 1e9:.2f} GB")
-    assert measured < 1.2e9
+    assert measured < 1.0e9
+
+
+def test_jsd_in_chunks_of_few_tokens() -> None:
+    """Where products go to oneDNN as where not: both models' logits of a chunk, and never [N, V], which is .27 GB."""
+    assert peak_bytes(N=4096, V=16_384, H=64, divergence="jsd") < 0.15e9

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from limbeck.ops.checks import check_request, check_shapes, find_divergence
 from limbeck.ops.pages import keep_pages
-from limbeck.ops.products import back, linear, linear_into, outer_into
+from limbeck.ops.products import back, linear, linear_into, onednn_wins, outer_into
 from limbeck.ops.sparse import buckets_of
 from limbeck.ops.tiles import Divergence, Finish, Request, Tile, at_least_float32, tile_logprobs, tile_rows, tile_terms
 from limbeck.types import Dense, Head, Hidden, Signal, Sparse, Terms
@@ -29,6 +29,9 @@ BUFFER_BYTES = 232 << 20
 
 CHUNK_TOKENS = 512
 """Tokens of a chunk, where `BUFFER_BYTES` allows: from there on the products with the head run at nearly full speed."""
+
+ONEDNN_TOKENS = 256
+"""The same where `ops.products` takes them to oneDNN: half the memory, and no slower."""
 
 Weight = Tensor | float
 WeightFunction = Callable[[slice, Tensor | None, Tensor | None], tuple[Weight, Weight]]
@@ -122,7 +125,7 @@ def linear_terms(
         tokens_N=tokens_N,
         weights=weights,
         weights_see=tuple(weights_see),
-        chunk_tokens=chunk_tokens or _chunk_tokens(head.size, dtype),
+        chunk_tokens=chunk_tokens or _chunk_tokens(head.size, dtype, head.weight_VH.device),
         student_dtype=dtype,
         teacher_dtype=_product_dtype(signal.head.weight_VH) if isinstance(signal, Hidden) else dtype,
     )
@@ -359,10 +362,12 @@ def _cast_signal(plan: _Plan) -> Signal | None:
     return replace(plan.signal, head=replace(head, weight_VH=head.weight_VH.to(plan.teacher_dtype)))
 
 
-def _chunk_tokens(vocabulary: int, dtype: torch.dtype) -> int:
-    """`CHUNK_TOKENS`, fewer where their logits would pass `BUFFER_BYTES`, more where the vocabulary is small."""
+def _chunk_tokens(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+    """`CHUNK_TOKENS` or `ONEDNN_TOKENS`; fewer where their logits would pass `BUFFER_BYTES`, more where the vocabulary
+    is small."""
     most = max(16, BUFFER_BYTES // (dtype.itemsize * vocabulary))
-    return min(most, max(CHUNK_TOKENS, (1 << 20) // vocabulary))
+    usual = ONEDNN_TOKENS if device.type == "cpu" and dtype == torch.float32 and onednn_wins() else CHUNK_TOKENS
+    return min(most, max(usual, (1 << 20) // vocabulary))
 
 
 def _column(weight: Weight, like_n: Tensor) -> Tensor | None:
