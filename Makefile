@@ -59,7 +59,7 @@ $(PEERS_STAMP): $(INPUTS) Makefile | $(BENCH)/bin/python
 	@echo 'make: installing limbeck and its peers into $(BENCH) (minutes, the first time)'
 	$(BENCH_PIP) install -qq -c constraints.txt torch
 	$(BENCH_PIP) install -qq -c constraints.txt hatchling editables
-	$(BENCH_PIP) install -qq -c constraints.txt --no-build-isolation -e '.[gguf]' $(PEERS)
+	$(BENCH_PIP) install -qq -c constraints.txt --no-build-isolation -e '.[gguf,serve]' $(PEERS)
 	@touch $@
 
 quickstart: $(RUNTIME)

@@ -152,8 +152,10 @@ def plain(model: Any) -> Any:
     return model
 
 
-def llama(*, width: int, layers: int, heads: int, inner: int, vocabulary: int, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A random Llama with tied embeddings and no EOS, in eval mode, the same at every call."""
+def llama(
+    *, width: int, layers: int, heads: int, inner: int, vocabulary: int, dtype: torch.dtype, tied: bool = True
+) -> LlamaForCausalLM:
+    """A random Llama without EOS, in eval mode, the same at every call. `tied`: of its embeddings."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -162,7 +164,7 @@ def llama(*, width: int, layers: int, heads: int, inner: int, vocabulary: int, d
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=1024,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,

@@ -17,13 +17,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import divergence, policy, products, rollouts, steps, stories
+from benchmarks import divergence, load, policy, products, rollouts, serving, steps, stories
 from benchmarks.common import Result, Row, Skipped, say
 from benchmarks.report import print_row, with_ratios, write_json, write_section
 from limbeck.report.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = {row.name: row for module in (products, divergence, rollouts, steps, stories, policy) for row in module.ROWS}
+ROWS = {
+    row.name: row
+    for module in (products, divergence, rollouts, steps, stories, policy, serving, load)
+    for row in module.ROWS
+}
 
 QUIET = {
     "HF_HUB_OFFLINE": "1",
