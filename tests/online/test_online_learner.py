@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from online_helpers import VOCABULARY, llama, prompts, record, target_logprobs
+from online_helpers import VOCABULARY, llama, prompts, record, saved, target_logprobs
 
 from limbeck.decoding.drafts.layers import layers_draft
 from limbeck.models import cut_layers, load_model, load_tokenizer
 from limbeck.online import Buffer, Lot, ModelLearner, Training, Versions
+from limbeck.online import learner as learner_module
 from limbeck.online.gate import Gate
-from limbeck.online.learner import acceptances, fit, mean_acceptance, optimiser_of, snapshot
+from limbeck.online.learner import acceptances, fit, mean_acceptance, model_learner, optimiser_of, restore, snapshot
 from limbeck.online.updater import Job, Throttle, Worker
 
 
@@ -85,6 +86,39 @@ def test_a_nan_changes_nothing(lot: Lot) -> None:
     fitted = fit(learner, optimiser_of(learner, training), train, lot.stop, training, torch.Generator())
     assert not fitted.finite and fitted.steps > 0
     assert all(torch.equal(weight, before[name]) for name, weight in learner.trained().items())
+
+
+def test_with_products_in_bf16_it_learns_as_much(lot: Lot) -> None:
+    """Acceptance is that of float32 but for rounding, and so is what is gained; the weights stay in float32."""
+    exact, rounded = _learner(), _learner(autocast=torch.bfloat16)
+    training = Training(learning_rate=3e-3, epochs=6)
+    same, near = acceptances(exact, lot.gate, 2048), acceptances(rounded, lot.gate, 2048)
+    assert same != near
+    assert all(near[number][0] == pytest.approx(alpha, abs=5e-3) for number, (alpha, _) in same.items())
+    fits = [
+        fit(learner, optimiser_of(learner, training), lot.train, [], training, torch.Generator().manual_seed(0))
+        for learner in (exact, rounded)
+    ]
+    assert fits[0].steps == fits[1].steps
+    assert {weight.dtype for weight in rounded.trained().values()} == {torch.float32}
+    after = [mean_acceptance(acceptances(exact, lot.gate, 2048))]
+    assert any(not torch.equal(weight, snapshot(exact)[name]) for name, weight in rounded.trained().items())
+    restore(exact, snapshot(rounded))
+    after.append(mean_acceptance(acceptances(exact, lot.gate, 2048)))
+    before = mean_acceptance(same)
+    assert before is not None and after[0] is not None and after[0] > before + 0.01
+    assert after[1] == pytest.approx(after[0], abs=0.2 * (after[0] - before))
+
+
+def test_the_probe_says_what_a_models_products_are_taken_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def probe(device: torch.device, width: int) -> tuple[torch.dtype, str]:
+        asked.append(width)
+        return torch.bfloat16, "faster"
+
+    monkeypatch.setattr(learner_module, "probe_autocast", probe)
+    assert model_learner(saved(llama(), tmp_path)).autocast == torch.bfloat16 and asked == [32]
 
 
 def test_stories_are_learnt_from_recorded_traffic(shared: Path) -> None:

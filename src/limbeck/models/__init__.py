@@ -18,13 +18,14 @@ from limbeck.models.layers import cut_layers
 from limbeck.models.linear import fast_linears
 from limbeck.models.load import cast, load_model, load_tokenizer
 from limbeck.models.preflight import preflight
-from limbeck.models.probe import model_size, probe_autocast
+from limbeck.models.probe import autocast_to, model_size, probe_autocast
 from limbeck.models.student import build_student
 from limbeck.models.teaching import ADAPTERS, teacher_hidden
 
 __all__ = [
     "ADAPTERS",
     "adapters_off",
+    "autocast_to",
     "build_student",
     "cast",
     "check_head",

@@ -15,6 +15,11 @@ _NARROW = 512  # below this width the casts of autocast cost more than its produ
 _GAIN = 1.3  # bf16 must be this much faster to be worth its rounding
 
 
+def autocast_to(device: torch.device | str, dtype: torch.dtype | None) -> torch.autocast:
+    """Meanwhile products are taken in this dtype; None: in that of their weights."""
+    return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
 @functools.cache
 def probe_autocast(device: torch.device | str, hidden_size: int = 1024) -> tuple[torch.dtype | None, str]:
     """(bf16 where it pays, else None; a line to log, such as `bf16 autocast: 2.1x in a probe of 256 x 896 x 3584`).
@@ -47,7 +52,7 @@ def _seconds(hidden_size: int, dtype: torch.dtype | None, repeats: int = 5) -> f
     fastest = float("inf")
     for _ in range(repeats + 1):  # the first one warms up and is slower: the minimum leaves it out
         start = time.perf_counter()
-        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        with autocast_to("cpu", dtype):
             out_NF = linear(hidden_NH, weight)
         out_NF.backward(torch.ones_like(out_NF))
         fastest = min(fastest, time.perf_counter() - start)

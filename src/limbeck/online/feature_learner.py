@@ -42,6 +42,7 @@ class FeatureLearner:
         self.head = replace(head, weight_VH=weight_VH, bias_V=bias_V)
         self.steps = steps
         self.ids_D = ids_D
+        self.autocast: torch.dtype | None = None
 
     def trained(self) -> dict[str, nn.Parameter]:
         return dict(self.net.named_parameters())

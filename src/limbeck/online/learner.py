@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.errors import RecipeError
-from limbeck.models import cut_layers, hidden_and_head, load_model, set_vocabulary
+from limbeck.models import autocast_to, cut_layers, hidden_and_head, load_model, probe_autocast, set_vocabulary
 from limbeck.online.buffer import Trace, joined
 from limbeck.online.objective import acceptance, find_objective, known_mass, terms
 from limbeck.types import Head, Sparse
@@ -40,9 +40,11 @@ class Batch:
 
 
 class Learner(Protocol):
-    """A draft with gradients. `ids_D`: the tokens that it may draft (None: all)."""
+    """A draft with gradients, in float32. `ids_D`: the tokens that it may draft (None: all). `autocast`: what its
+    products are taken in (None: float32)."""
 
     ids_D: Tensor | None
+    autocast: torch.dtype | None
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained, by the names that `Draft.prepare` takes."""
@@ -62,9 +64,10 @@ class Learner(Protocol):
 class ModelLearner:
     """A causal model, in float32: its own copy."""
 
-    def __init__(self, model: Any, *, ids_D: Tensor | None = None) -> None:
+    def __init__(self, model: Any, *, ids_D: Tensor | None = None, autocast: torch.dtype | None = None) -> None:
         self.model = model.float().train().requires_grad_(True)
         self.ids_D = ids_D
+        self.autocast = autocast
 
     def trained(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
@@ -83,12 +86,14 @@ def model_learner(
     layers: Sequence[int] | None = None,
     vocabulary: int | None = None,
 ) -> ModelLearner:
-    """The learner of a model in a folder, or of some of its layers. `vocabulary`: rows of its head that are tokens, as
-    the draft that serves has them (None: as its config says). ModelError as from `load_model`."""
+    """The learner of a model in a folder, or of some of its layers, with its products in bf16 where that is faster.
+    `vocabulary`: rows of its head that are tokens, as the draft that serves has them (None: as its config says).
+    ModelError as from `load_model`."""
     model = load_model(folder, dtype=torch.float32)
     if vocabulary is not None:
         set_vocabulary(model, vocabulary)
-    return ModelLearner(model if layers is None else cut_layers(model, layers))
+    autocast, _ = probe_autocast(model.device, model.config.get_text_config().hidden_size)
+    return ModelLearner(model if layers is None else cut_layers(model, layers), autocast=autocast)
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,13 @@ def _columns(traces: Sequence[Trace], width: int) -> Tensor | None:
 
 
 @torch.no_grad()
+def alphas(learner: Learner, made: Batch) -> Tensor:
+    """alpha_raw (N,) at each position of the batch, float32."""
+    with autocast_to(made.tokens_BT.device, learner.autocast):
+        return acceptance(*learner.predict(made), made.signal, learner.ids_D).float()
+
+
+@torch.no_grad()
 def acceptances(
     learner: Learner, traces: Sequence[Trace], batch_tokens: int, breathe: Breathe = lambda: None
 ) -> dict[int, tuple[float, int]]:
@@ -176,9 +188,9 @@ def acceptances(
     place = 0
     for made in batches(traces, batch_tokens):
         breathe()
-        alpha_N = acceptance(*learner.predict(made), made.signal, learner.ids_D)
+        alpha_N = alphas(learner, made)
         rows = made.tokens_BT.shape[0]
-        sums = torch.zeros(rows).index_add_(0, made.row_N, alpha_N.float())
+        sums = torch.zeros(rows).index_add_(0, made.row_N, alpha_N)
         for row, trace in enumerate(ordered[place : place + rows]):
             found[trace.number] = (float(sums[row]) / trace.size, trace.size)
         place += rows
@@ -267,10 +279,11 @@ def _step(learner: Learner, optimiser: torch.optim.Optimizer, made: Batch, train
     """One optimiser step on the mean over the batch's lessons, which is returned. None: it is not finite, and nothing
     was changed."""
     objective = find_objective(training.objective)
-    hidden_MH, head, place_M = learner.lessons(made)
-    given = made.signal
-    signal = Sparse(given.tokens_NK[place_M], given.logprobs_NK[place_M], given.tail_logprob_N[place_M])
-    loss = terms(hidden_MH, head, signal, learner.ids_D, objective).loss_N.mean()
+    with autocast_to(made.tokens_BT.device, learner.autocast):
+        hidden_MH, head, place_M = learner.lessons(made)
+        given = made.signal
+        signal = Sparse(given.tokens_NK[place_M], given.logprobs_NK[place_M], given.tail_logprob_N[place_M])
+        loss = terms(hidden_MH, head, signal, learner.ids_D, objective).loss_N.mean()
     optimiser.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(list(learner.trained().values()), training.clip)

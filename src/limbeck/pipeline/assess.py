@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from limbeck.evaluation import (
     speed,
 )
 from limbeck.methods import METHODS
-from limbeck.models import adapters_off, model_size
+from limbeck.models import adapters_off, autocast_to, model_size
 from limbeck.models.teaching import ADAPTERS
 from limbeck.recipe import Recipe
 from limbeck.teachers import weights_hash
@@ -167,9 +166,8 @@ class Assessor:
         measured = speed(model, self.parts.tokenizer, prompts, max_tokens=16)
         return {"name": type(model).__name__, "parameters": parameters, "bytes": size, **measured}
 
-    def _precision(self) -> Any:
-        dtype = self.parts.autocast
-        return torch.autocast(self.parts.args.device.type, dtype) if dtype is not None else nullcontext()
+    def _precision(self) -> torch.autocast:
+        return autocast_to(self.parts.args.device, self.parts.autocast)
 
     def _kept(self, model: Any, work: Any) -> dict[str, Any]:
         teacher = self.parts.teacher

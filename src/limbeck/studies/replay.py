@@ -19,8 +19,7 @@ from limbeck.decoding.requests import Observed, Request
 from limbeck.online import Buffer, Gate, Learner, Pace, Trace, Training, Versions
 from limbeck.online.buffer import Positions
 from limbeck.online.coins import HeldOut, coin
-from limbeck.online.learner import batch, fit, optimiser_of, restore
-from limbeck.online.objective import acceptance
+from limbeck.online.learner import alphas, batch, fit, optimiser_of, restore
 from limbeck.online.updater import Job, Worker
 
 _CHUNK = 8  # requests judged side by side: an update serves so many requests late at most
@@ -79,7 +78,7 @@ class Replay:
         points: list[Point] = []
         for start in range(0, len(stream), _CHUNK):
             chunk = stream[start : start + _CHUNK]
-            for trace, alphas_n in zip(chunk, alphas(self.serving, chunk), strict=True):
+            for trace, alphas_n in zip(chunk, alphas_of(self.serving, chunk), strict=True):
                 points.append(self._serve(trace, alphas_n))
             if self.learns:
                 self._update()
@@ -142,11 +141,9 @@ def _logits(trace: Trace, places: slice, vocabulary: int) -> torch.Tensor:
     return logits_NV.scatter_(1, ids_NK, torch.from_numpy(trace.logprobs_NK[places].astype(np.float32)))
 
 
-@torch.no_grad()
-def alphas(learner: Learner, traces: Sequence[Trace]) -> list[np.ndarray]:
+def alphas_of(learner: Learner, traces: Sequence[Trace]) -> list[np.ndarray]:
     """Of each trace, alpha_raw at each of its positions."""
-    made = batch(traces)
-    alpha_N = acceptance(*learner.predict(made), made.signal, learner.ids_D).float().numpy()
+    alpha_N = alphas(learner, batch(traces)).numpy()
     return np.split(alpha_N, np.cumsum([trace.size for trace in traces])[:-1])
 
 
@@ -160,4 +157,4 @@ def train_offline(learner: Learner, traces: Sequence[Trace], training: Training,
 def acceptance_on(learner: Learner, traces: Sequence[Trace]) -> float:
     """Mean alpha_raw over all positions of these answers."""
     chunks = [traces[place : place + _CHUNK] for place in range(0, len(traces), _CHUNK)]
-    return float(np.concatenate([alpha_n for chunk in chunks for alpha_n in alphas(learner, chunk)]).mean())
+    return float(np.concatenate([alpha_n for chunk in chunks for alpha_n in alphas_of(learner, chunk)]).mean())

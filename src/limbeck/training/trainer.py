@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from limbeck.data import at_learnt, collate, micro_batches
 from limbeck.data.corpus import Corpus
 from limbeck.errors import TrainingError
-from limbeck.models import completion_hidden, fast_linears
+from limbeck.models import autocast_to, completion_hidden, fast_linears
 from limbeck.models.teaching import teacher_hidden
 from limbeck.objectives.policy import GRADIENT_NORMS
 from limbeck.training.callbacks import Budget
@@ -283,7 +283,7 @@ class Trainer(transformers.Trainer):
         return signal
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(self.args.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+        return autocast_to(self.args.device, self.autocast)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As transformers', but under a budget of seconds or tokens: linear warmup over `warmup_steps`, then linear
