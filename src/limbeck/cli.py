@@ -119,6 +119,7 @@ def evaluate(
     template: Annotated[
         str | None, typer.Option(help="`chat` renders the rows by the tokenizer's chat template")
     ] = None,
+    precision: Annotated[str, typer.Option(help="auto (bf16 where that is faster), fp32 or bf16")] = "auto",
     out: Annotated[Path | None, typer.Option(help="a folder for evaluation.json and pictures")] = None,
 ) -> None:
     """Fixed prompts, fixed seeds: metrics with intervals, loss on the reference text, speed."""
@@ -137,6 +138,7 @@ def evaluate(
         no_repeat_ngram_size=no_repeat_ngram_size,
         with_exposure=exposure,
         with_calibration=calibration,
+        precision=_one_of("--precision", precision, ("auto", "fp32", "bf16")),
         out=out,
         console=console,
     )

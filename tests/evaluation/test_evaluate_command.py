@@ -203,6 +203,28 @@ def test_a_full_score_alone_is_right() -> None:
     assert not [key for key in _scores(scores, at_k=False) if "@" in key]
 
 
+def test_the_precision_is_that_of_all_products(files: dict[str, str], folders: dict[str, str]) -> None:
+    """bf16 rounds what both models say; `auto` leaves so narrow a model in float32."""
+    found: dict[str, dict[str, Any]] = {}
+    for precision in ("auto", "fp32", "bf16"):
+        screen = Console(file=StringIO(), width=120)
+        found[precision] = evaluate_folder(
+            folders["stories-xs-280k"],
+            files["stories"],
+            metrics=[],
+            seeds=1,
+            teacher=folders["stories260k"],
+            max_tokens=4,
+            precision=precision,  # pyright: ignore[reportArgumentType]
+            console=screen,
+        )
+        said = "no bf16 autocast: a width of" if precision == "auto" else f"precision {precision}, as asked for"
+        assert said in screen.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    for name in ("loss", "forward_kl"):
+        exact, rounded = found["fp32"][name]["mean"], found["bf16"][name]["mean"]
+        assert found["auto"][name]["mean"] == exact != rounded == pytest.approx(exact, rel=2e-2)
+
+
 def test_a_metric_is_built_once_where_the_model_is(
     files: dict[str, str], folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +264,10 @@ def test_the_command_line(files: dict[str, str], folders: dict[str, str], monkey
     for text, seeds in (("7", 7), ("10,20,30", [10, 20, 30]), ("10,", [10]), ("0, 1", [0, 1])):
         assert run("--seeds", text).exit_code == 0 and asked["seeds"] == seeds
     words = ["--data", "b", "--metrics", "rouge_l,accuracy", "--samples", "8", "--exposure", "--calibration"]
+    words += ["--precision", "fp32"]
+    assert asked["precision"] == "auto" and run("--precision", "fp16").exit_code != 0
     assert run(*words, "--no-repeat-ngram-size", "6", "--teacher", "t", "--out", "o").exit_code == 0
+    assert asked["precision"] == "fp32"
     assert (asked["data"], asked["metrics"], asked["samples"]) == (["a", "b"], ["rouge_l", "accuracy"], 8)
     assert asked["with_exposure"] and asked["with_calibration"] and asked["no_repeat_ngram_size"] == 6
     assert (asked["teacher"], asked["out"]) == ("t", Path("o"))
