@@ -31,3 +31,28 @@ def test_a_loop_over_large_tensors_fetches_no_pages_again() -> None:
         done = subprocess.run([sys.executable, "-c", LOOP, how], capture_output=True, text=True, check=True)
         faults[how] = int(done.stdout)
     assert faults["kept"] < 500 < faults["usual"]
+
+
+GAPS = """
+import sys, torch
+from pathlib import Path
+from limbeck.ops.pages import give_back, keep_pages
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+keep_pages()
+count = int(sys.argv[1])
+held = [torch.ones(5 << 20) for _ in range(2 * count)]  # 20 MiB each
+del held[::2]
+before = resident()
+give_back()
+print(before - resident())
+assert all(float(block.sum()) == 5 << 20 for block in held)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc 2.33 alone can tell")
+@pytest.mark.parametrize(("gaps", "returned"), [(64, 1200), (16, 0)])
+def test_gaps_between_blocks_in_use_are_given_back_from_1_gib_on(gaps: int, returned: int) -> None:
+    """64 gaps of 20 MiB are more, 16 are less."""
+    done = subprocess.run([sys.executable, "-c", GAPS, str(gaps)], capture_output=True, text=True, check=True)
+    assert returned - 20 <= int(done.stdout) <= returned + 100

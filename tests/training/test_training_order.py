@@ -60,6 +60,19 @@ def test_grouping_by_length_reaches_the_trainer(recipe: Any, tmp_path: Path) -> 
         recipe("sft", training={"train_sampling_strategy": "batch_rebalance"})
 
 
+def test_freed_memory_may_go_back_between_steps_and_after_rollouts(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr("limbeck.training.trainer.give_back", lambda: looked.append("step"))
+    monkeypatch.setattr("limbeck.decoding.generate.give_back", lambda: looked.append("rollout"))
+    settings: dict[str, Any] = {"lmbda": 1.0, "evaluation": {"prompts": 0, "rows": 0}}
+    made = recipe("gkd", output=tmp_path, training={"max_steps": 3, "save_strategy": "no"}, **settings)
+    distill(made, quiet=True, report=False)
+    assert [what for what in looked if what == "step"] == ["step"] * 3
+    assert "".join(looked).count("steprollout") == 3
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_upcoming_names_the_rows_that_training_draws(recipe: Any, accumulation: int) -> None:
     """Over an epoch's end; a partial last step of an epoch is a step of its own, so whole epochs are used here."""

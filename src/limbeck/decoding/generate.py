@@ -21,7 +21,7 @@ from limbeck.decoding.sampler import Sampling, stream_key
 from limbeck.decoding.writer import write_in_place
 from limbeck.errors import RolloutError
 from limbeck.models import context_length, unwrap, vocabulary_rows
-from limbeck.ops.pages import keep_pages
+from limbeck.ops.pages import give_back, keep_pages
 
 LOG = logging.getLogger(__name__)
 
@@ -86,7 +86,9 @@ def generate(
                 stack.enter_context(packed_weights(model))
             stack.enter_context(step_attention(model))
         write = _writer(policy, models, sampling, tokenizer, vocabulary)
-        return _write_all(write, rows, batch_size, models[0])
+        completions = _write_all(write, rows, batch_size, models[0])
+    give_back()
+    return completions
 
 
 def _writer(policy: Any, models: list[Any], sampling: Sampling, tokenizer: Any, vocabulary: int) -> Write:

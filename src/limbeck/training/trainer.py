@@ -26,6 +26,7 @@ from limbeck.errors import TrainingError
 from limbeck.models import autocast_to, completion_hidden, fast_linears
 from limbeck.models.teaching import teacher_hidden
 from limbeck.objectives.policy import GRADIENT_NORMS
+from limbeck.ops.pages import give_back
 from limbeck.training.callbacks import Budget
 from limbeck.training.checkpoints import Checkpoints
 from limbeck.training.meter import Meter
@@ -153,6 +154,7 @@ class Trainer(transformers.Trainer):
     ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
         """Writes the rollouts of one optimiser step (or takes those of the first inner epoch), groups them by length,
         cuts them into as many micro-batches as the loader gave. Returns them with the learnt tokens on all ranks."""
+        give_back()  # what the step before has left
         batches: list[list[Example]] = []
         for _ in range(num_batches):
             batch = next(epoch_iterator, None)
