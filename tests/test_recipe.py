@@ -136,3 +136,10 @@ def test_what_is_frozen_stays_frozen_after_the_start() -> None:
 def test_writing_in_int8_belongs_to_the_method_that_writes() -> None:
     with pytest.raises(RecipeError, match="int8_rollouts"):
         Recipe.parse({"method": "kd", "teacher": "t", "student": "s", "int8_rollouts": True})
+
+
+def test_a_bare_no_saves_nothing(tmp_path: Path) -> None:
+    """As YAML reads it, in a file and on the command line."""
+    (tmp_path / "r.yaml").write_text("method: sft\nstudent: {path: s}\ntraining: {save_strategy: no}\n")
+    for recipe in (Recipe.load(tmp_path / "r.yaml", []), Recipe.load("quickstart", ["training.save_strategy=no"])):
+        assert recipe.training["save_strategy"] == "no"

@@ -175,7 +175,8 @@ class Recipe(Strict):
                 raise ValueError(
                     f"no argument of transformers.TrainingArguments is called {key!r}{did_you_mean(key, known)}"
                 )
-        return value
+        # YAML reads a bare `no` as false.
+        return {key: "no" if key == "save_strategy" and kept is False else kept for key, kept in value.items()}
 
     @staticmethod
     def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
