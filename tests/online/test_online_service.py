@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -101,10 +102,11 @@ def test_refusals() -> None:
 
 
 def test_a_broken_round_tells_everybody() -> None:
-    service = _service()
-    service.engine.controller.plan = lambda rows: 1 / 0  # pyright: ignore
+    service, submitted = _service(), threading.Event()
+    service.engine.controller.plan = lambda rows: submitted.wait(5) / 0  # pyright: ignore
     with service:
         listener = submit_all(service, Sampling(10), prompts(6))
+        submitted.set()
         listener.wait()
         assert "ZeroDivisionError" in service.snapshot()["failure"]
         with pytest.raises(RolloutError, match="ZeroDivisionError"):
@@ -114,10 +116,11 @@ def test_a_broken_round_tells_everybody() -> None:
 
 def test_an_error_beside_the_engine_ends_the_service_with_a_word() -> None:
     """Not in `step`, but in what is done with its events: nobody is left waiting, nothing hangs."""
-    service = _service()
+    service, submitted = _service(), threading.Event()
     with service:
-        service.routing.record = lambda *_: 1 / 0  # pyright: ignore
+        service.routing.record = lambda *_: submitted.wait(5) / 0  # pyright: ignore
         listener = submit_all(service, Sampling(10), prompts(6), route="cut")
+        submitted.set()
         listener.wait()
         assert "ZeroDivisionError" in service.snapshot()["failure"]
         with pytest.raises(RolloutError, match="ZeroDivisionError"):
