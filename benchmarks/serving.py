@@ -32,8 +32,7 @@ class Traffic:
 
     service: Service
     prompts: Sequence[Sequence[int]]
-    max_tokens: int
-    temperature: float
+    sampling: Sampling
     clients: int
     served: int = 0
 
@@ -49,8 +48,7 @@ class Traffic:
             self.served += 1
             running += 1
             prompt = self.prompts[number % len(self.prompts)]
-            sampling = Sampling(self.max_tokens, temperature=self.temperature)
-            self.service.submit(Request(str(number), tuple(prompt), sampling, stream=(number,)), heard)
+            self.service.submit(Request(str(number), tuple(prompt), self.sampling, stream=(number,)), heard)
 
         def heard(event: Event) -> None:
             nonlocal running, tokens, ended
@@ -93,7 +91,8 @@ def cold(case: str, quick: bool) -> Iterator[Result]:
         say(f"  {described}")
         service = served.service
         with service:
-            traffic = Traffic(service, prompts, 16 if quick else 96, 1.0, clients=8)
+            sampling = Sampling(16 if quick else 96, stop_tokens=served.stop_tokens)
+            traffic = Traffic(service, prompts, sampling, clients=8)
             service.pause()
             traffic.until(after(watched))
             start = alpha_since(service, "layers", None)
@@ -156,7 +155,7 @@ def hopeless(case: str, quick: bool) -> Iterator[Result]:
         generator = torch.Generator().manual_seed(0)
         vocabulary = max(served.tokenizer.get_vocab().values()) + 1
         prompts = torch.randint(3, vocabulary, (blocks * requests, 16), generator=generator).tolist()
-        ours, theirs = (Traffic(one, prompts, max_tokens, 1.0, clients=1) for one in (service, plain))
+        ours, theirs = (Traffic(one, prompts, Sampling(max_tokens), clients=1) for one in (service, plain))
         rates: list[tuple[float, float]] = []
         trained: list[float] = []
         with service, plain:
