@@ -145,16 +145,19 @@ def test_server_counts_tokens_given_as_numbers(client: openai.OpenAI, stories: t
 
 
 def test_server_tells_a_requests_own_acceptance_when_asked(client: openai.OpenAI) -> None:
-    wanted: dict[str, Any] = {"model": NAME, "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+    wanted: dict[str, Any] = {"model": NAME, "prompt": PROMPT, "max_tokens": 200, "temperature": 0}
     silent = client.completions.create(**wanted)
     assert silent.usage is not None and "limbeck" not in (silent.usage.model_extra or {})
     asked = client.completions.create(**wanted, extra_body={"acceptance": True}).usage
     by_header = client.completions.create(**wanted, extra_headers={"X-Limbeck-Acceptance": "true"}).usage
-    for usage in (asked, by_header):  # not the same: a server decodes a round plainly now and then
+    for usage in (
+        asked,
+        by_header,
+    ):  # not the same: one round in fifty is plain, and a draft's few right tokens may fall there
         assert usage is not None
         found: Any = (usage.model_extra or {})["limbeck"]
         # A round gives its accepted tokens and one more; the prompt's round gives one.
-        assert 40 <= found["accepted"] + found["rounds"] <= 40 + 3
+        assert 200 <= found["accepted"] + found["rounds"] <= 200 + 3
     assert 0 < found["accepted"] < found["drafted"] and found["accepted"] <= found["verified"] <= found["drafted"]
     assert 0 < found["alpha"] < 1 and found["draft_efficiency"] == found["accepted"] / found["drafted"]
 

@@ -101,14 +101,10 @@ def evaluate_folder(
     or with several data sets {data: {...}}. Raises RecipeError for options that contradict or an `out` that cannot be
     written, DataError, and what `build_metrics` and the metrics' `rows` raise, all before a model writes.
     """
-    if samples is not None and seeds is not None:
-        raise RecipeError("expected seeds or samples, found both: n samples a prompt are n seeds")
     if with_exposure and teacher is None:
-        raise RecipeError(
-            "exposure: expected a teacher, whose text the student's is compared with: add --teacher FOLDER"
-        )
+        raise RecipeError("exposure: expected a teacher, to compare the student's text with: add --teacher FOLDER")
     if samples is not None:
-        _check_samples(metrics)
+        _check_samples(metrics, seeds)
     if out is not None:
         _claim(out)
     console = console or Console()
@@ -165,7 +161,9 @@ def _load(model: str, teacher: str | None, precision: str) -> tuple[_Models, str
     return _Models(student, tokenizer, judge, stops, context, autocast), described
 
 
-def _check_samples(metrics: Sequence[str | Mapping[str, Any]]) -> None:
+def _check_samples(metrics: Sequence[str | Mapping[str, Any]], seeds: int | Sequence[int] | None) -> None:
+    if seeds is not None:
+        raise RecipeError("expected seeds or samples, found both: n samples a prompt are n seeds")
     names = [reward_name(metric) for metric in metrics]
     if not any(name in RIGHT_OR_WRONG for name in names):
         raise RecipeError(
