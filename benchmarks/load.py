@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks.common import MIB, Result, Row, shared
 from benchmarks.serving import ratio_interval
+from benchmarks.stories import held_out
 
 
 @dataclass
@@ -35,10 +36,8 @@ def load(case: str, quick: bool) -> Iterator[Result]:
     begin, and may not, in turn."""
     clients, windows, seconds = (4, 2, 2.0) if quick else (64, 30, 20.0)
     target = shared("models/stories260k")
-    bodies = [
-        {"model": target.name, "prompt": f"{text} {1 + place}", "max_tokens": 40, "temperature": 0}
-        for place, text in enumerate(openings(clients))
-    ]
+    prompts = [f"{' '.join(story.split()[:8])} {number}" for number, story in enumerate(held_out(quick)[:clients])]
+    bodies = [{"model": target.name, "prompt": text, "max_tokens": 40, "temperature": 0} for text in prompts]
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
         free.close()
@@ -61,11 +60,6 @@ def load(case: str, quick: bool) -> Iterator[Result]:
             server.terminate()
             server.wait(30)
     yield Result("serving-load", case, "as served", "limbeck serve", "ours", numbers)
-
-
-def openings(count: int) -> list[str]:
-    rows = [json.loads(line) for line in shared("data/tinystories_test.jsonl").read_text().splitlines()[:count]]
-    return [" ".join(str(next(iter(row.values()))).split()[:8]) for row in rows]
 
 
 def loaded(port: int, server: int, bodies: list[dict[str, Any]], windows: int, seconds: float) -> dict[str, float]:
@@ -163,11 +157,8 @@ def ask(client: Client, body: dict[str, Any], text: str, asked: Asked, end: thre
 
 def family_bytes(process: int) -> int:
     """Resident bytes of a process and its children."""
-    threads = Path(f"/proc/{process}/task").iterdir()
-    children = [child for thread in threads for child in (thread / "children").read_text().split()]
-    status = Path(f"/proc/{process}/status").read_text()
-    own = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS"))
-    return own + sum(family_bytes(int(child)) for child in children)
+    parent = psutil.Process(process)
+    return sum(one.memory_info().rss for one in (parent, *parent.children(recursive=True)))
 
 
 ROWS = [

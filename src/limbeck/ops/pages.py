@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,5 +75,5 @@ def _bytes_left() -> int:
 
 def _anonymous_bytes() -> int:
     """Resident bytes of this process that are no file's."""
-    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
-    return (int(resident) - int(shared)) * resource.getpagesize()
+    found = psutil.Process().memory_info()
+    return found.rss - found.shared
