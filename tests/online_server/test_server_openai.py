@@ -55,6 +55,17 @@ def test_server_chats_by_the_tokenizers_template(client: openai.OpenAI, stories:
     assert again.choices[0].message.content == expected.text
 
 
+def test_server_goes_on_with_a_conversation(client: openai.OpenAI, stories: tuple[Any, Any]) -> None:
+    """The client sends back the message that it was sent, nulls and all."""
+    said = client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=9, temperature=0).choices[0].message
+    talk: list[Any] = [*MESSAGES, said, {"role": "user", "content": "And then?"}]
+    answer = client.chat.completions.create(model=NAME, messages=talk, max_tokens=9, temperature=0)
+    prompt = f"system: Tell.\nuser: A story about a dog.\nassistant: {said.content}\nuser: And then?\nassistant:"
+    ids = stories[1](prompt, add_special_tokens=False)["input_ids"]
+    assert answer.usage is not None and answer.usage.prompt_tokens == len(ids)
+    assert answer.choices[0].message.content == written(stories, ids, 9).text
+
+
 def test_server_ends_at_the_end_of_text(client: openai.OpenAI, stories: tuple[Any, Any]) -> None:
     prompt = "They all went home and slept."
     expected = written(stories, prompt, 450)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from limbeck.online.server.text import Detokenizer
+from limbeck.online.server.text import Detokenizer, Encoder
 
 TEXT = "héllo 👩‍🚀 wörld — 日本語 naïve €5"
 
@@ -95,3 +96,17 @@ def test_detokenizer_holds_back_what_may_become_a_stop_string(
         text += detokenizer.feed([token])[0]
         assert expected.startswith(text)
     assert text + detokenizer.finish(tokens[-1:], stopped=bool(ends))[0] == expected
+
+
+def test_encoder_takes_templates_that_change_earlier_turns(stories: tuple[Any, Any]) -> None:
+    """Thoughts are left out of the history, as reasoning models have it; an assistant may greet first."""
+    tokenizer = copy.deepcopy(stories[1])
+    tokenizer.chat_template = (
+        "{{ messages[0]['role'] }}|{% for m in messages %}{{ m['role'] }}:"
+        "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1] }}"
+        "{% else %}{{ m['content'] }}{% endif %};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    talk = [("assistant", "Hi"), ("user", "a"), ("assistant", "well</think>b"), ("user", "c")]
+    tokens = Encoder(tokenizer).chat([{"role": role, "content": content} for role, content in talk])
+    text = "assistant|assistant:Hi;user:a;assistant:b;user:c;assistant:"
+    assert tokens == tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -30,16 +30,25 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 
-class StreamOptions(BaseModel):
+class Told(BaseModel):
+    """An object of a request. A field that is null counts as left out: clients send back what they were sent."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {name: found for name, found in value.items() if found is not None}
+
+
+class StreamOptions(Told):
     include_usage: bool = False
 
 
-class Wanted(BaseModel):
-    """What both kinds of request have in common. A field that is null counts as left out."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
+class Wanted(Told):
+    """What both kinds of request have in common."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
@@ -61,13 +70,13 @@ class Wanted(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, value: object) -> object:
+    def _without_neutral(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
         return {
             name: found
             for name, found in value.items()
-            if not (found is None or (name not in cls.model_fields and (name in IGNORED or _neutral(name, found))))
+            if name in cls.model_fields or not (name in IGNORED or _neutral(name, found))
         }
 
     @model_validator(mode="after")
@@ -81,16 +90,12 @@ def _neutral(name: str, value: object) -> bool:
     return any(type(value) is type(one) and value == one for one in NEUTRAL.get(name, ()))
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
+class TextPart(Told):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
+class Message(Told):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None

@@ -23,7 +23,7 @@ class Encoder:
         self.lock = threading.Lock()
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """By the tokenizer's own template, ready for the answer."""
+        """By the tokenizer's own template, ready for the answer; earlier turns as it writes them today, changed or not."""
         return self._render({"messages": messages}, "messages")
 
     def text(self, prompt: str) -> list[int]:
@@ -32,7 +32,7 @@ class Encoder:
     def _render(self, row: dict[str, Any], param: str) -> list[int]:
         try:
             with self.lock:
-                (example,), _ = render([row], self.tokenizer)
+                (example,), _ = render([row], self.tokenizer, train_on="last")  # one rendering, whatever its turns
         except DataError as error:
             raise ApiError(400, str(error).removeprefix("row 1: "), param=param) from None
         except (UnicodeError, TypeError, ValueError):  # a lone surrogate, out of an escape such as \ud800
