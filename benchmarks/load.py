@@ -33,7 +33,7 @@ class Asked:
 
 def load(case: str, quick: bool) -> Iterator[Result]:
     """64 clients, each with its own prompts, greedy, so that each answer is known before; windows in which updates may
-    begin, and may not, in turn."""
+    run, and stand still, in turn."""
     clients, windows, seconds = (4, 2, 2.0) if quick else (64, 30, 20.0)
     target = shared("models/stories260k")
     prompts = [f"{' '.join(story.split()[:8])} {number}" for number, story in enumerate(held_out(quick)[:clients])]
@@ -75,12 +75,18 @@ def loaded(port: int, server: int, bodies: list[dict[str, Any]], windows: int, s
         thread.start()
     bounds: list[tuple[float, float]] = []
     memory: list[float] = []
+    trained: list[float] = []
+
+    def training_s() -> float:
+        return client.call("GET", "/dashboard.json")["ledger"]["training"]
+
     for window in range(windows):
         client.press("pause" if window % 2 else "resume")
-        time.sleep(seconds / 4)  # an update that runs is left to end
-        start = time.perf_counter()
-        time.sleep(seconds * 3 / 4)
+        time.sleep(seconds / 10)  # a step that runs is left to end
+        start, worked = time.perf_counter(), training_s()
+        time.sleep(seconds * 9 / 10)
         bounds.append((start, time.perf_counter()))
+        trained.append(training_s() - worked)
         memory.append(family_bytes(server) / MIB)
     end.set()
     for thread in threads:
@@ -100,6 +106,8 @@ def loaded(port: int, server: int, bodies: list[dict[str, Any]], windows: int, s
         "ratio_high": high,
         "mib, second third": float(np.mean(memory[third : 2 * third])),
         "mib, last third": float(np.mean(memory[-third:])),
+        "training_s": sum(trained[::2]),
+        "training_s, paused": sum(trained[1::2]),
         "updates": counts["updates"],
         "swaps": counts["swaps"],
     }
@@ -164,8 +172,8 @@ def family_bytes(process: int) -> int:
 ROWS = [
     Row(
         "serving-load",
-        "stories260k with a cold draft, 64 clients for ten minutes, windows of 20 s with updates and without in turn: "
-        "s to an answer of 40 tokens, 95 % bound over pairs of windows",
+        "stories260k with a cold draft, 64 clients for ten minutes, windows of 20 s in turn with updates and without "
+        "(those that run stand still): s to an answer of 40 tokens, 95 % bound over pairs of windows",
         "ratio",
         lambda quick: ["64 clients"],
         load,

@@ -20,6 +20,8 @@ from limbeck.decoding.controller import Fixed
 from limbeck.decoding.requests import Event, Request
 from limbeck.decoding.speculative import Engine
 from limbeck.models import load_tokenizer
+from limbeck.online import Learning
+from limbeck.online.learner import acceptances, mean_acceptance, restore
 from limbeck.online.server.serving import Options, assemble
 from limbeck.online.service import Service
 
@@ -70,11 +72,15 @@ class Traffic:
         return tokens, time.perf_counter() - start
 
 
-def alpha_since(service: Service, draft: str, before: dict[str, Any] | None) -> float:
-    """Mean alpha_raw of what the draft proposed since the snapshot `before`."""
-    now = service.snapshot()["drafts"][draft]
-    was = {"alpha_sum": 0.0, "verified": 0} if before is None else before["drafts"][draft]
-    return (now["alpha_sum"] - was["alpha_sum"]) / max(now["verified"] - was["verified"], 1)
+def alphas_since(learning: Learning, number: int) -> dict[str, float]:
+    """Mean alpha_raw of the first version and of the one that serves, at every position of the requests that came
+    after trace `number`, of which neither has learnt: what a controller chose to draft does not matter."""
+    learner, found = learning.build(), dict[str, float]()
+    for name, version in (("alpha", 0), ("alpha_after", learning.serving)):
+        restore(learner, learning.versions.weights(version))
+        alpha = mean_acceptance(acceptances(learner, learning.buffer.whole_since(number), 2048))
+        found[name] = float("nan") if alpha is None else alpha
+    return found
 
 
 # -- a cold draft ------------------------------------------------------------------------------------------------------
@@ -90,23 +96,18 @@ def cold(case: str, quick: bool) -> Iterator[Result]:
         served, described = assemble(Options(str(target), folder=Path(folder)), None)
         say(f"  {described}")
         service = served.service
+        learning = service.learning["layers"]
         with service:
             sampling = Sampling(16 if quick else 96, stop_tokens=served.stop_tokens)
             traffic = Traffic(service, prompts, sampling, clients=8)
-            service.pause()
-            traffic.until(after(watched))
-            start = alpha_since(service, "layers", None)
-            service.resume()
             traffic.until(after(seconds))
             service.pause()
-            before = service.snapshot()
+            before, count = service.snapshot(), learning.buffer.count
             traffic.until(after(watched))
-            numbers = {
-                "alpha": start,
-                "alpha_after": alpha_since(service, "layers", before),
-                "swaps": before["drafts"]["layers"]["swaps"],
-                "requests": before["requests"],
-            }
+            numbers = alphas_since(learning, count)
+            counts = before["drafts"]["layers"]
+            numbers |= {"swaps": counts["swaps"], "updates": counts["updates"], "requests": before["requests"]}
+            numbers["training_s"] = before["ledger"]["training"]
     numbers["gain"] = numbers["alpha_after"] - numbers["alpha"]
     yield Result("serving-cold", case, "as served", "limbeck serve", "ours", numbers)
 
@@ -184,8 +185,8 @@ def hopeless(case: str, quick: bool) -> Iterator[Result]:
     yield Result("serving-hopeless", case, "as served", "limbeck serve", "ours", numbers)
 
 
-def settle(service: Service, seconds: float = 0.5) -> None:
-    """Waits until no update runs. Updates are paused."""
+def settle(service: Service, seconds: float = 1.5) -> None:
+    """Waits until nobody trains: updates are paused, a step of one may be at work."""
     worked = -1.0
     while (now := service.snapshot()["ledger"]["training"]) > worked:
         worked = now
@@ -207,8 +208,8 @@ def ratio_interval(pairs: Sequence[tuple[Any, Any]], of: Callable[[Any], Any]) -
 ROWS = [
     Row(
         "serving-cold",
-        "smollm2-135m served with a draft of every other of its layers, 8 clients, temperature 1: alpha over 20 s "
-        "without learning, and over 20 s after 120 s with it",
+        "smollm2-135m served with a draft of every other of its layers, cold, 8 clients, temperature 1: after 120 s, "
+        "alpha of what serves then and of what served first, on the requests of the next 20 s",
         "gain",
         lambda quick: ["tinystories"] if quick else ["gsm8k", "dolly"],
         cold,

@@ -22,6 +22,10 @@ app = typer.Typer(
 console = Console()
 INTERRUPTED = 130
 
+Routes = Annotated[
+    list[str] | None, typer.Option("--route", help="NAME=FOLDER: another draft, for requests with this `route`")
+]
+Context = Annotated[int | None, typer.Option(min=2, help="tokens of prompt and completion, at most: bounds memory")]
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="a recipe file, or the name of a packaged one")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="dotted overrides of the recipe")]
 
@@ -185,6 +189,10 @@ def serve(
     positions: Annotated[
         str, typer.Option(help="all verified ones are trained on, or those where a drafted token was rejected")
     ] = "all",
+    routes: Routes = None,
+    learned_routing: Annotated[
+        bool, typer.Option("--learned-routing", help="requests without a route get the fastest draft")
+    ] = False,
     host: Annotated[str, typer.Option(help="others than this machine are served with keys alone")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help="a key a line")] = None,
@@ -192,6 +200,7 @@ def serve(
     out: Annotated[Path, typer.Option(help="the folder for the draft's versions")] = Path("runs/serve"),
     name: Annotated[str | None, typer.Option(help="the model's name in the API; by default its folder's")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="completions written at once; others wait")] = 16,
+    context: Context = None,
     gamma: Annotated[int | None, typer.Option(min=0, help="drafted tokens a round; by default as many as pay")] = None,
     stream_tokens: Annotated[
         int, typer.Option(min=1, help="tokens in a piece of a stream; more tell less of what was accepted")
@@ -201,14 +210,12 @@ def serve(
 ) -> None:
     """An OpenAI-compatible server whose draft learns while it serves; dashboard at /."""
     try:
-        from limbeck.online.server import Limits
-        from limbeck.online.server.serving import Options
-        from limbeck.online.server.serving import serve as run
+        from limbeck.online.server import Limits, serving
     except ModuleNotFoundError as error:
         raise RecipeError(
             f"limbeck serve: expected the extra `serve`, found no {error.name}: pip install 'limbeck[serve]'"
         ) from None
-    options = Options(
+    options = serving.Options(
         target,
         draft,
         draft_kind,
@@ -224,11 +231,14 @@ def serve(
         folder=out,
         name=name,
         max_batch=max_batch,
+        context=context,
         gamma=gamma,
         stream_tokens=stream_tokens,
         limits=Limits(per_minute=per_minute, in_flight=in_flight),
+        routes=serving.parse_routes(routes or []),
+        learned_routing=learned_routing,
     )
-    run(options, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+    serving.serve(options, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
 
 
 def _one_of(option: str, value: str, allowed: tuple[Any, ...]) -> Any:

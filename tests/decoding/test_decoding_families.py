@@ -37,6 +37,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {**LLAMA, "head_dim": 8}),
     "gemma2": ("gemma2", {**LLAMA, **WINDOWS}),
     "gemma3": ("gemma3_text", {**LLAMA, **WINDOWS}),
+    "gemma": ("gemma", {**LLAMA, "head_dim": 8}),
+    "olmo": ("olmo", LLAMA),
+    "smollm3": ("smollm3", {**LLAMA, "num_hidden_layers": 4}),  # the last without rotation
     "phi": ("phi", {**LLAMA, "num_key_value_heads": 4}),
     "mistral": ("mistral", {**LLAMA, "sliding_window": 4}),
     "mixtral": ("mixtral", {**LLAMA, "sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -62,7 +65,7 @@ def tiny(family: str, **changes: Any) -> PreTrainedModel:
     """A random model, whose logits differ well from token to token."""
     kind, values = FAMILIES[family]
     special = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = AutoConfig.for_model(kind, **special, **values, **changes)
+    config = AutoConfig.for_model(kind, **{**special, **values, **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from decoding_helpers import STOP, VOCABULARY, llama
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from limbeck.decoding import Mix, Sampling, generate
+from limbeck.decoding import Mix, Sampling, generate, speculate
 from limbeck.errors import RolloutError
 
 ENGINE = importlib.import_module("limbeck.decoding.generate")  # the package's attribute is the function
@@ -126,3 +127,33 @@ def test_out_of_memory_with_one_sequence_is_an_error() -> None:
     model.register_forward_pre_hook(full)
     with pytest.raises(torch.OutOfMemoryError):
         generate(model, PROMPTS, Sampling(3))
+
+
+def words() -> PreTrainedTokenizerFast:
+    """As SentencePiece has them: each token is a word with the space before it, and a text's first space is left out
+    when it is decoded."""
+    tokens = ["<end>", *(f"\u2581{letter}" for letter in "abcdefghijklmnopqrstuvw")]
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(tokens)}, unk_token="<end>"))
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+@pytest.mark.parametrize("path", ["writer", "general", "engine"])
+def test_a_stop_string_may_begin_with_the_first_space(
+    model: LlamaForCausalLM, path: str, monkeypatch: pytest.MonkeyPatch
+):
+    """The completion of "a b" by " c" is " c", as a client sees it, though the token alone decodes to "c"."""
+    tokenizer = words()
+    if path == "general":
+        monkeypatch.setattr(ENGINE, "beyond_attention", lambda config: "SomeLayer at layer 0 of llama")
+    assert tokenizer.decode([3, 4]) == "c d" and tokenizer.decode([4]) == "d"
+    for prompt in ([5], [6, 7, 8]):
+        first = generate(model, [prompt], Sampling(1, temperature=0))[0].tokens[0]
+        written = chr(ord("a") + first - 1)
+        for string, stops in ((f" {written}", True), (f"{written}", True), (f"x {written}", False)):
+            sampling = Sampling(6, temperature=0, stop_strings=(string,))
+            if path == "engine":
+                found = speculate(model, None, [prompt], sampling, tokenizer=tokenizer)[0]
+            else:
+                found = generate(model, [prompt], sampling, tokenizer=tokenizer)[0]
+            assert (found.tokens == [first] and found.finish_reason == "stop") == stops

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from decoding_helpers import llama
+from test_decoding_families import PROMPTS, tiny
 from torch import nn
 
-from limbeck.decoding import Sampling, generate, int8_weights, packed
-from limbeck.decoding.packed import FEW_ROWS, packed_weights
+from limbeck.decoding import NgramDraft, Sampling, generate, int8_weights, packed, speculate
+from limbeck.decoding.packed import FEW_ROWS, installed, pack, packed_weights
 from limbeck.ops import products
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -48,6 +50,8 @@ def test_layers_that_are_packed_already_stay_as_they_are():
         rounded = layer(hidden)
         with packed_weights(model):
             assert torch.equal(layer(hidden), rounded)
+        with installed(pack(model, "own")):  # as a reader of the same model does
+            assert not torch.equal(layer(hidden), rounded)
         assert torch.equal(layer(hidden), rounded)
     assert not torch.equal(layer(hidden), rounded)
 
@@ -67,3 +71,24 @@ def test_completions_are_the_models_own(temperature: float, monkeypatch: pytest.
     assert not made[1] and [c.tokens for c in written] == [c.tokens for c in expected]
     for mine, right in zip(written, expected, strict=True):
         assert torch.allclose(torch.tensor(mine.logprobs), torch.tensor(right.logprobs), atol=1e-4)
+
+
+def test_a_model_that_was_served_is_trained_as_any_other():
+    """Gradients, and what it writes after a step of training: nothing of the packed weights is left in it."""
+    served: Any = tiny("gemma2")
+    untouched, inputs = copy.deepcopy(served), torch.tensor([PROMPTS[2]])
+    packs: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        made = packed.products.Packed
+        patch.setattr(packed.products, "Packed", lambda *weights: packs.append(1) or made(*weights))
+        speculate(served, NgramDraft(size=1), PROMPTS, Sampling(8, temperature=0))
+    assert len(packs) > 20  # not read by `Lean`, which would leave its layers alone
+    for model in (served, untouched):
+        model(input_ids=inputs, labels=inputs).loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+    for mine, right in zip(served.parameters(), untouched.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, right.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(served(input_ids=inputs).logits, untouched(input_ids=inputs).logits)

@@ -9,7 +9,7 @@ import torch
 from speculative_helpers import copy_of, full_logits, target
 from test_decoding_families import FAMILIES, PROMPTS, tiny
 
-from limbeck.decoding import Sampling, generate, layers_draft, speculate
+from limbeck.decoding import Engine, Fixed, Sampling, generate, layers_draft, speculate
 from limbeck.decoding.reader import Reader
 from limbeck.errors import RolloutError
 
@@ -111,6 +111,26 @@ def test_models_that_are_only_like_a_lean_one_are_not_taken_for_it():
     scaled: Any = tiny("llama")
     scaled.model.layers[1].mlp.register_forward_hook(lambda *arguments: arguments[-1] * 2)
     assert Reader(scaled).lean is None  # found by trying
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_other_texts_are_refused(kind: str):
+    """What the target makes of a text must not depend on the longest one beside it. A draft only guesses worse."""
+    more: dict[str, Any] = {"factor": 2.0}
+    if kind == "longrope":
+        more = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 16}
+    rotation = {"rope_type": kind, "rope_theta": 10_000.0, **more}
+    model: Any = tiny("llama", rope_parameters=rotation)
+    with pytest.raises(RolloutError, match=f"LlamaForCausalLM: expected positions .* found RoPE {kind}"):
+        Engine(model, None, {}, Fixed(None, 0), max_batch=1)
+    plain: Any = tiny("llama")
+    sampling = Sampling(10, temperature=0)
+    found = speculate(plain, layers_draft(model, [0]), PROMPTS, sampling)
+    assert [c.tokens for c in found] == [c.tokens for c in generate(plain, PROMPTS, sampling)]
+    layered: Any = tiny("gemma3")  # one rotation for each kind of layer
+    layered.config.rope_parameters["full_attention"]["rope_type"] = kind
+    with pytest.raises(RolloutError, match=f"found RoPE {kind}"):
+        Engine(layered, None, {}, Fixed(None, 0), max_batch=1)
 
 
 def test_models_that_cannot_be_read_so_are_refused():

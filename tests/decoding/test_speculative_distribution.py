@@ -221,6 +221,31 @@ def test_disjoint_supports_accept_nothing():
         assert counters.alpha_sum == 0 and all(token % 2 == 0 for token in event.tokens)
 
 
+def second_tokens(*, same: bool) -> list[int]:
+    """Of a uniform distribution over three tokens, by many seeds: the second answer's second token, when the first
+    answer to the same prompt stands in the shared cache; `same`: of the same seed."""
+    model = llama(3)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    draft = NgramDraft(size=1)
+    engine = Engine(model, None, {"ngram": draft}, Fixed("ngram", 1), max_batch=1)
+    tokens: list[int] = []
+    for seed in range(400):
+        for place, other in enumerate((0, 0 if same else 1 << 32)):
+            request = Request(f"{seed} {place}", (0, 1), Sampling(3, seed=seed + other))
+            last = serve(engine, [request])[0].tokens[1]
+        tokens.append(last)
+        draft.expire(1e18)  # what other pairs have left
+    return tokens
+
+
+def test_what_a_request_has_drawn_before_is_not_proposed_to_it():
+    """A proposal that its own random numbers have drawn is judged by them once more: (2/9, 5/9, 2/9) comes out."""
+    for same in (True, False):
+        counts = Counter(second_tokens(same=same))
+        assert stats.chisquare([counts[token] for token in range(3)]).pvalue > 1e-3
+
+
 def test_every_pair_of_tokens_is_drawn_as_often_as_it_should():
     """One random number for two purposes would leave each token right and pairs of them wrong."""
     model = small()

@@ -8,9 +8,13 @@ import pytest
 import torch
 from speculative_helpers import DRAFTS, copy_of, feature, full_logits, requests_of, serve, target
 from test_decoding_generate import prompts_of
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from limbeck.decoding import Engine, Fixed, Observation, Observed, Request, Sampling, layers_draft
+from limbeck.decoding.drafts import Block, Proposal
+from limbeck.decoding.judge import _Unit
+from limbeck.decoding.live import Live
 
 STOP = 2
 SAMPLING = Sampling(17, temperature=1.1, top_p=0.9, repetition_penalty=1.2, seed=2, stop_tokens=(STOP,))
@@ -93,6 +97,37 @@ def test_overlaps_are_those_of_the_two_models(model: LlamaForCausalLM):
                 assert row.alpha[place] == pytest.approx(served.amin(0).sum().item(), abs=1e-4)
                 checked += 1
     assert checked > 40
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any operation has made, views apart, which share the memory of what they are of."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        own = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in own:
+            self.most = max(self.most, result.numel())
+        return result
+
+
+def test_a_reduced_head_is_compared_without_a_pass_over_the_vocabulary():
+    """1 of 8 rows of the head: nothing as large as the target's logits is made beside them."""
+    vocabulary, width = 4096, 4
+    row = Live(Request("a", (5, 6), Sampling(9, temperature=0)), 11, 0)
+    ids_D = torch.arange(0, vocabulary, 8)
+    raw_BGD = torch.randn(1, width - 1, len(ids_D))
+    proposal = Proposal([row], [[0, 8, 16]], [[0.5] * 3], raw_BGD, None, torch.tensor([[0, 1, 2]]), ids_D)
+    logits_BQV = torch.randn(1, width, vocabulary)
+    unit = _Unit([row], logits_BQV, [Block("draft", proposal, 0)])
+    total_BQ = logits_BQV.logsumexp(-1)
+    with Largest() as largest:
+        found_BG = unit._alpha_raw(total_BQ)
+    assert 0 < largest.most <= (width - 1) * len(ids_D)
+    p_BGD = logits_BQV.double().softmax(-1)[:, :-1, ids_D]
+    expected_BG = torch.minimum(p_BGD, raw_BGD.double().softmax(-1)).sum(-1)
+    torch.testing.assert_close(found_BG.double(), expected_BG, atol=1e-6, rtol=0)
 
 
 def test_greedy_overlaps_are_one_or_zero_and_raw_ones_are_not(model: LlamaForCausalLM):

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from limbeck.decoding import Sampling
 from limbeck.decoding.controller import Fixed
 from limbeck.decoding.drafts import Draft
+from limbeck.decoding.drafts.layers import layers_draft
 from limbeck.decoding.requests import Event, Observation, Observed, Request
 from limbeck.decoding.speculative import Engine
-from limbeck.online import Buffer, Service, Trace
+from limbeck.online import (
+    Buffer,
+    Learning,
+    ModelLearner,
+    Pace,
+    Service,
+    Trace,
+    Training,
+    Version,
+    model_learner,
+)
+from limbeck.online.buffer import Role
 
 VOCABULARY = 50
 
@@ -146,3 +161,61 @@ def submit_all(service: Service, sampling: Sampling, texts: Sequence[Any], start
         request = Request(f"r{place}", text, replace(sampling, seed=place), (place,), **changes)
         service.submit(request, listener.expect(request.id))
     return listener
+
+
+def learning_of(model: Any, draft: Any, folder: Path, **changes: Any) -> Learning:
+    build = partial(model_learner, saved(model, folder / "model"), layers=[0])
+    training = Training(learning_rate=3e-3, epochs=4)
+    pace = Pace(update_size=10**9, update_seconds=1e9)
+    settings = {"buffer": Buffer(positions="all"), "training": training, "pace": pace, **changes}
+    return Learning(draft, build, folder / "versions", **settings)
+
+
+class FakeUpdater:
+    """An updater that answers at once, as told; what it is asked is kept."""
+
+    def __init__(self, results: list[Any]) -> None:
+        self.results, self.jobs, self.worked, self.restarts = results, [], 0.0, 0
+        self.shares: list[float] = []
+        self.held = False
+
+    def run(self, job: Any) -> Any:
+        self.jobs.append(job)
+        result = self.results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def set_share(self, share: float) -> None:
+        self.shares.append(share)
+
+    def set_busy(self, busy: bool) -> None: ...
+
+    def set_held(self, held: bool) -> None:
+        self.held = held
+
+    def ready(self) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def with_versions(folder: Path, results: list[Any]) -> tuple[Learning, Any]:
+    """Learning with two versions on disk and an updater that answers so; no thread, no engine."""
+    draft = layers_draft(llama(), [0])
+    draft.bind(VOCABULARY)
+    learning = learning_of(llama(), draft, folder, pace=Pace(update_size=50, update_seconds=1e9))
+    weights = {name: weight.detach() for name, weight in ModelLearner(llama(layers=1)).trained().items()}
+    for number in (0, 1):
+        learning.versions.save(Version(number, {name: weight + number for name, weight in weights.items()}))
+    fake = FakeUpdater(results)
+    learning.updater = fake  # pyright: ignore
+    learning.buffer.traces.append(small_trace(1, "train"))
+    learning.buffer.held["gate"].extend(small_trace(2 + place) for place in range(learning.gate.least))
+    return learning, fake
+
+
+def small_trace(number: int, role: Role = "gate") -> Trace:
+    one = np.zeros((1, 2), np.float16)
+    position = np.array([2], np.int32)
+    ids_NK = np.zeros((1, 2), np.int32)
+    return Trace(number, "t", np.array([1, 2, 3], np.int32), position, ids_NK, one, one[:, 0], role, time.time() + 99)

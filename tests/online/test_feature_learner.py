@@ -120,13 +120,14 @@ def test_the_loss_is_the_mean_over_all_steps_of_all_positions() -> None:
     """KL(p || q) of each, p being the target's distribution at the index that is predicted."""
     model, draft, buffer, _ = _served()
     learner, traces = FeatureLearner(copy.deepcopy(draft.net), model), list(buffer.traces)
+    width = max(len(trace.tokens) for trace in traces)
     losses: list[float] = []
     divergences: list[float] = []
     for (id_, index, _), logprobs_V in _by_step(learner, traces).items():
         tokens = next(trace for trace in traces if trace.id == id_).tokens
         p_V = target_logprobs(model, tokens.tolist())[index]
         divergences.append(float((p_V.exp() * (p_V - logprobs_V)).sum()))
-    training = Training(objective="forward_kl", measures=1)
+    training = Training(objective="forward_kl", measures=1, batch_tokens=width * len(traces), least_steps=0)
     fit(
         learner,
         optimiser_of(learner, training),

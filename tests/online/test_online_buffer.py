@@ -116,15 +116,32 @@ def test_top_is_the_least_that_keeps_the_error() -> None:
 def test_held_out_requests_are_trained_on_only_when_they_leave() -> None:
     model, buffer = llama(), Buffer(held_out=2, replay=3)
     record(model, layers_draft(model, [0]), buffer, prompts(20), keep=lambda place: place >= 4)
+    new = buffer.new
     lot = buffer.take(10**6)
     assert len(lot.stop) == len(lot.gate) == 2
     apart = {trace.number for trace in lot.stop + lot.gate}
     assert not apart & {trace.number for trace in lot.train}
     assert len(lot.train) == 16 and len(buffer.past) == 3
+    assert new == sum(trace.size for trace in lot.train)
     assert {trace.role for trace in lot.train} == {"train"}
     assert {trace.role for trace in lot.gate} == {"gate"} and {trace.role for trace in lot.stop} == {"stop"}
-    assert not {trace.number for trace in lot.replay} & {trace.number for trace in lot.train}
-    assert buffer.new == 0
+    assert buffer.new == 0 and lot.replay == []
+
+
+def test_a_lot_trains_on_what_is_new_and_replays_the_newest_before_it_and_what_is_remembered() -> None:
+    model, buffer = llama(), Buffer(held_out=1, replay=4)
+    draft = layers_draft(model, [0])
+    record(model, draft, buffer, prompts(30))
+    first = buffer.take(10**6).train
+    assert [trace.number for trace in first] == list(range(1, 31))
+    record(model, draft, buffer, prompts(5, seed=2))
+    lot = buffer.take(sum(trace.size for trace in first[-3:]))
+    assert [trace.number for trace in lot.train] == list(range(31, 36))
+    remembered = {trace.number for trace in buffer.past} - set(range(31, 36))
+    assert {trace.number for trace in lot.replay} == {28, 29, 30} | remembered
+    assert any(number < 28 for number in remembered)  # sampled from the whole past, not from its end
+    again = buffer.take(0)  # nothing is new: then all
+    assert [trace.number for trace in again.train] == list(range(1, 36)) and again.replay == []
 
 
 def test_bounded_in_bytes() -> None:
@@ -169,11 +186,20 @@ def test_a_request_that_is_too_large_is_dropped_whole() -> None:
     assert min(trace.bytes for trace in all_traces(small)) > 3000
 
 
-def test_what_is_held_out_is_read_without_counting_as_seen() -> None:
-    model, buffer = llama(), Buffer()
+@pytest.mark.parametrize("positions", ["rejected", "all"])
+def test_whole_traces_are_read_without_counting_as_seen(positions: Any) -> None:
+    """Where rejected positions alone are kept, only those held out are whole."""
+    model, buffer = llama(), Buffer(positions=positions)
     record(model, layers_draft(model, [0]), buffer, prompts(8), keep=lambda place: place % 2 == 0)
-    new = buffer.new
-    assert new > 0 and [trace.role for trace in buffer.apart("gate")] == ["gate"] * len(buffer.held["gate"])
+    new, numbers = buffer.new, {trace.id: trace.number for trace in all_traces(buffer)}
+    assert new > 0
+    whole = [trace for trace in all_traces(buffer) if positions == "all" or int(trace.id) % 2 == 0]
+    found = buffer.whole_since(0)
+    assert [trace.number for trace in found] == sorted(trace.number for trace in whole)
+    last = sorted(numbers.values())[-3]
+    assert [trace.number for trace in buffer.whole_since(last)] == [
+        trace.number for trace in found if trace.number > last
+    ]
     assert buffer.new == new
 
 

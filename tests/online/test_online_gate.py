@@ -121,13 +121,15 @@ def test_the_watch_is_silent_unless_acceptance_falls() -> None:
     assert sum(_watched(0.6, seed) is not None for seed in range(200)) == 0
 
 
-def test_the_watch_ends_and_needs_a_reference() -> None:
+def test_the_watch_needs_a_reference_and_takes_a_new_one_in_time() -> None:
     watch = Watch()
     watch.swapped()
-    assert not any(watch.add(0.0) for _ in range(100))  # nothing to compare with
+    assert not any(watch.add(0.5) for _ in range(64))  # nothing to compare with; then these
+    assert watch.floor == 0.5
+    assert any(watch.add(0.2) for _ in range(20))
     watch.rest()
-    for _ in range(32):
-        watch.add(0.5)
-    watch.swapped()
+    assert not any(watch.add(0.2) for _ in range(64))
+    assert watch.floor == 0.2
     assert not any(watch.add(0.6) for _ in range(256))
-    assert not any(watch.add(0.0) for _ in range(50))  # long after the swap it is the traffic
+    assert not any(watch.add(0.3) for _ in range(1))
+    assert watch.floor == 0.6  # that of the last requests

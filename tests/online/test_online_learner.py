@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,19 @@ from limbeck.models import cut_layers, load_model, load_tokenizer
 from limbeck.online import Buffer, Lot, ModelLearner, Training, Versions
 from limbeck.online import learner as learner_module
 from limbeck.online.gate import Gate
-from limbeck.online.learner import acceptances, fit, mean_acceptance, model_learner, optimiser_of, restore, snapshot
-from limbeck.online.updater import Job, Throttle, Worker
+from limbeck.online.learner import (
+    Fitted,
+    _order,
+    acceptances,
+    batches,
+    fit,
+    mean_acceptance,
+    model_learner,
+    optimiser_of,
+    restore,
+    snapshot,
+)
+from limbeck.online.updater import Job, Throttle, Worker, next_rate
 
 
 def _lot(model: Any, draft: Any, texts: list[tuple[int, ...]], **changes: Any) -> Lot:
@@ -76,8 +89,8 @@ def test_it_stops_on_acceptance_with_the_best_weights(lot: Lot) -> None:
 
 
 def test_a_nan_changes_nothing(lot: Lot) -> None:
-    """Nor do the steps taken before it came."""
-    learner, training = _learner(), Training(batch_tokens=64)
+    """Nor do the steps since the last measure."""
+    learner, training = _learner(), Training(batch_tokens=64, measures=1)
     trace = lot.train[3]
     broken = np.full_like(trace.logprobs_NK, np.nan)
     bad = type(trace)(**{**{name: getattr(trace, name) for name in trace.__dataclass_fields__}, "logprobs_NK": broken})
@@ -198,33 +211,92 @@ def test_another_version_is_compared_with_the_one_that_serves(tmp_path: Path, lo
 
 
 class _Time:
-    """A clock that only sleeping and working move on."""
+    """A clock that only sleeping and working move on; a core is spent by working alone."""
 
     def __init__(self) -> None:
-        self.now = self.slept = 0.0
+        self.now = self.slept = self.spent = 0.0
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
         self.slept += seconds
 
+    def work(self, seconds: float, waited: float = 0.0) -> None:
+        self.now += seconds + waited
+        self.spent += seconds
+
+    def throttle(self, numbers: list[float]) -> Throttle:
+        return Throttle(numbers, os.getppid(), lambda: self.now, lambda: self.spent, self.sleep)
+
 
 def test_training_keeps_its_share_and_idle_time_is_free() -> None:
-    import os
-
-    clock, numbers = _Time(), [1.0, 0.1, 0.0, 0.0]
-    breathe = Throttle(numbers, os.getppid(), lambda: clock.now, clock.sleep)
+    """Time in which it waits for the core is not its own."""
+    clock, numbers = _Time(), [1.0, 0.1, 0.0, 0.0, 0.0]
+    breathe = clock.throttle(numbers)
     breathe.start()
-    worked = 0.0
     for place in range(200):
         numbers[0] = float(place < 100)  # then idle
         breathe()
-        clock.now += 0.05
-        worked += 0.05
+        clock.work(0.05, waited=0.2)
         if place == 99:
-            assert 0.09 < worked / clock.now <= 0.1 + 0.05 / clock.now
+            assert 0.09 < clock.spent / clock.now <= 0.1 + 0.05 / clock.now
             slept = clock.slept
     assert clock.slept == slept  # none while idle
-    assert numbers[3] == pytest.approx(worked - 0.05)
+    assert numbers[3] == pytest.approx(clock.spent - 0.05)
     numbers[:2] = [1.0, 1.0]
     breathe()
     assert clock.slept == slept  # cold: no bound
+
+
+def test_work_that_is_held_stands_still_and_saves_nothing_up() -> None:
+    clock, numbers = _Time(), [0.0, 0.1, 0.0, 0.0, 1.0]
+
+    def sleep(seconds: float) -> None:
+        clock.sleep(seconds)
+        numbers[4] = float(clock.slept < 10)
+
+    breathe = Throttle(numbers, os.getppid(), lambda: clock.now, lambda: clock.spent, sleep)
+    breathe.start()
+    breathe()
+    assert 10 <= clock.slept < 10.1  # idle or not
+    numbers[0] = 1.0
+    clock.work(0.05)
+    breathe()
+    assert clock.slept > 10.4  # .05 s are a tenth of half a second: the ten do not count
+
+
+def test_the_rate_follows_what_training_finds(tmp_path: Path, lot: Lot) -> None:
+    """A rate that ruins the draft falls until it does not, and a restart goes on with it."""
+    worker, tried = _worker(tmp_path, learning_rate=1.0), []
+    for _ in range(8):
+        tried.append(worker.optimiser.param_groups[0]["lr"])
+        result = worker.run(Job(worker.base, lot))
+        if result.number is not None:
+            break
+    assert result.number == 1 and result.before is not None and result.after is not None
+    assert worker.optimiser.param_groups[0]["lr"] < 0.2 and len(tried) > 2
+    assert _worker(tmp_path, learning_rate=1.0).rate == pytest.approx(worker.rate)
+    assert next_rate(0.1, Fitted(0.3, 0.4, 1, 1)) == pytest.approx(0.3)
+    assert next_rate(0.5, Fitted(0.3, 0.4, 1, 1)) == 1.0
+    assert next_rate(0.3, Fitted(0.3, 0.3, 1, 1)) == pytest.approx(0.1)
+    assert next_rate(0.3, Fitted(0.3, 0.305, 1, 1)) == next_rate(0.3, Fitted(None, None, 1, 1)) == 0.3
+
+
+def test_an_epoch_has_enough_steps_and_replays_its_share(lot: Lot) -> None:
+    for least, replay in ((8, 0.0), (8, 0.5), (24, 0.5)):
+        training = Training(epochs=20, least_steps=least, replay=replay, measures=1)
+        made = list(_order(lot.train, lot.gate, training, 20, torch.Generator().manual_seed(0)))
+        sizes = [int(one.real_BT.numel()) for one in made if one is not None]
+        most = -(-sum(len(trace.tokens) for trace in lot.train) // least)
+        assert max(sizes) <= max(most, max(len(trace.tokens) for trace in lot.train))
+        steps, fresh = len(sizes) / 20, len(batches(lot.train, most))
+        assert fresh >= least
+        assert steps == pytest.approx(fresh / (1 - replay), rel=0.15 if replay else 0)
+
+
+def test_the_gate_is_asked_about_the_newest_first(tmp_path: Path, lot: Lot) -> None:
+    """A new domain at the end: the draft that is better there passes, though it is a little worse on all before."""
+    worker, gate = _worker(tmp_path), [replace(lot.gate[0], number=number) for number in range(30)]
+    serving = dict.fromkeys(range(30), (0.5, 9))
+    found = {number: (0.49 if number < 22 else 0.7, 9) for number in range(30)}
+    assert worker._judge(gate, serving, found).kind == "better"
+    assert worker._judge(gate[::-1], serving, found).kind == "undecided"

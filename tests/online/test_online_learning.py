@@ -14,39 +14,39 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from online_helpers import GREEDY, VOCABULARY, all_traces, llama, prompts, saved, submit_all
+from online_helpers import (
+    GREEDY,
+    FakeUpdater,
+    all_traces,
+    learning_of,
+    llama,
+    prompts,
+    saved,
+    small_trace,
+    submit_all,
+    with_versions,
+)
 
 from limbeck.decoding import Sampling, generate
 from limbeck.decoding.controller import Fixed
 from limbeck.decoding.drafts.layers import layers_draft
-from limbeck.decoding.requests import Observed, Request
 from limbeck.decoding.speculative import Engine
 from limbeck.errors import CheckpointError, RecipeError, RolloutError
 from limbeck.online import (
     Buffer,
     Learning,
-    ModelLearner,
+    Lot,
     Pace,
     Service,
-    Trace,
     Training,
     Version,
     Watch,
     model_learner,
 )
-from limbeck.online.buffer import Role
 from limbeck.online.coins import HeldOut
 from limbeck.online.gate import Gate, Verdict
-from limbeck.online.updater import Result, Worker
+from limbeck.online.updater import Job, Result, Updater, Worker
 from limbeck.online.versions import Versions
-
-
-def _learning(model: Any, draft: Any, folder: Path, **changes: Any) -> Learning:
-    build = partial(model_learner, saved(model, folder / "model"), layers=[0])
-    training = Training(learning_rate=3e-3, epochs=4)
-    pace = Pace(update_size=10**9, update_seconds=1e9)
-    settings = {"buffer": Buffer(positions="all"), "training": training, "pace": pace, **changes}
-    return Learning(draft, build, folder / "versions", **settings)
 
 
 def _traffic(service: Service, count: int, start: int = 0, **changes: Any) -> None:
@@ -65,14 +65,14 @@ def test_the_whole_learns_while_it_serves(tmp_path: Path) -> None:
     """Service, engine, buffer, updater, gate, swap; then the updater is killed, and another goes on."""
     model = llama(scale=0.2)
     engine = Engine(model, None, {"cut": layers_draft(model, [0])}, Fixed("cut", 3), max_batch=4)
-    learning, texts = _learning(model, engine.drafts["cut"], tmp_path), prompts(4, seed=99)
+    learning, texts = learning_of(model, engine.drafts["cut"], tmp_path), prompts(4, seed=99)
     draft: Any = engine.drafts["cut"]
     expected = [one.tokens for one in generate(model, [list(text) for text in texts], replace(GREEDY, max_tokens=80))]
 
     def numbers() -> dict[str, Any]:
         return service.snapshot()["drafts"]["cut"]
 
-    with Service(engine, learning={"cut": learning}, held_out=HeldOut(warm_share=0.6, warm_requests=64)) as service:
+    with Service(engine, learning={"cut": learning}, held_out=HeldOut(0.6)) as service:
         _traffic(service, 60)
         assert learning.buffer.new > 300
         before = numbers()
@@ -106,39 +106,15 @@ def test_a_request_teaches_the_draft_that_serves_it(tmp_path: Path) -> None:
     model = llama()
     drafts = {name: layers_draft(model, [0]) for name in ("cut", "other")}
     engine = Engine(model, None, drafts, Fixed("cut", 3), max_batch=4)
-    learning = _learning(model, drafts["cut"], tmp_path)
-    learning.updater = _Fake([])  # pyright: ignore
+    learning = learning_of(model, drafts["cut"], tmp_path)
+    learning.updater = FakeUpdater([])  # pyright: ignore
     with Service(engine, learning={"cut": learning}) as service:
         for start, route in ((0, "other"), (10, "cut"), (20, None)):
             submit_all(service, Sampling(10), prompts(2), start=start, route=route).wait()
     assert {trace.id for trace in all_traces(learning.buffer)} == {"r10", "r11", "r20", "r21"}
 
 
-class _Fake:
-    """An updater that answers at once, as told; what it is asked is kept."""
-
-    def __init__(self, results: list[Any]) -> None:
-        self.results, self.jobs, self.worked, self.restarts = results, [], 0.0, 0
-        self.shares: list[float] = []
-
-    def run(self, job: Any) -> Any:
-        self.jobs.append(job)
-        result = self.results.pop(0)
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    def set_share(self, share: float) -> None:
-        self.shares.append(share)
-
-    def set_busy(self, busy: bool) -> None: ...
-
-    def ready(self) -> None: ...
-
-    def end(self) -> None: ...
-
-
-class _Here(_Fake):
+class _Here(FakeUpdater):
     """An updater that works in the learning's own thread."""
 
     def __init__(self, build: Callable[[], Any], folder: Path) -> None:
@@ -160,7 +136,7 @@ class _Here(_Fake):
 def _serving(folder: Path, model: Any) -> tuple[Service, Learning, Any]:
     """A service whose updater is in this process, as if it were started (again) with this folder."""
     engine = Engine(model, None, {"cut": layers_draft(model, [0])}, Fixed("cut", 3), max_batch=4)
-    learning = _learning(model, engine.drafts["cut"], folder)
+    learning = learning_of(model, engine.drafts["cut"], folder)
     learning.updater = _Here(learning.build, folder / "versions")  # pyright: ignore
     return Service(engine, learning={"cut": learning}), learning, engine.drafts["cut"]
 
@@ -205,13 +181,13 @@ def test_a_start_refuses_another_drafts_versions(tmp_path: Path) -> None:
 def test_a_request_that_says_no_is_nowhere(tmp_path: Path) -> None:
     model = llama()
     engine = Engine(model, None, {"cut": layers_draft(model, [0])}, Fixed("cut", 3), max_batch=4)
-    learning = _learning(model, engine.drafts["cut"], tmp_path, watch=Watch(least=1))
-    learning.updater = _Fake([])  # pyright: ignore
-    with Service(engine, learning={"cut": learning}, held_out=HeldOut(warm_share=1.0)) as service:
+    learning = learning_of(model, engine.drafts["cut"], tmp_path, watch=Watch(least=1))
+    learning.updater = FakeUpdater([])  # pyright: ignore
+    with Service(engine, learning={"cut": learning}, held_out=HeldOut(1.0)) as service:
         submit_all(service, Sampling(24), prompts(8), train=False).wait()
         assert not all_traces(learning.buffer) and learning.buffer.bytes == 0
         assert not learning.watch.recent and not learning._seen
-        submit_all(service, Sampling(24), prompts(8), start=20).wait()
+        submit_all(service, Sampling(70), prompts(8), start=20).wait()
         assert {trace.id for trace in all_traces(learning.buffer)} == {f"r{place}" for place in range(20, 28)}
         assert len(learning.watch.recent) == 8
     assert not (tmp_path / "versions").exists()
@@ -221,8 +197,8 @@ def test_a_request_that_says_no_is_nowhere(tmp_path: Path) -> None:
 def test_an_error_of_the_learning_ends_the_learning_alone(tmp_path: Path, broken: str) -> None:
     model = llama()
     engine = Engine(model, None, {"cut": layers_draft(model, [0])}, Fixed("cut", 3), max_batch=4)
-    learning = _learning(model, engine.drafts["cut"], tmp_path)
-    learning.updater = _Fake([])  # pyright: ignore
+    learning = learning_of(model, engine.drafts["cut"], tmp_path)
+    learning.updater = FakeUpdater([])  # pyright: ignore
     setattr(learning.buffer, broken, lambda _: 1 / 0)
     with Service(engine, learning={"cut": learning}) as service:
         listener = submit_all(service, GREEDY, prompts(6))
@@ -236,14 +212,14 @@ def test_an_error_of_the_learning_ends_the_learning_alone(tmp_path: Path, broken
 
 def test_what_cannot_be_put_in_place_is_withdrawn_and_not_counted(tmp_path: Path) -> None:
     better = Result(Verdict("better", 0.2, 50.0, 9), 1, 0.3, 0.5)
-    learning, fake = _with_versions(tmp_path / "raises", [better])
+    learning, fake = with_versions(tmp_path / "raises", [better])
     learning.draft.prepare = lambda *_: 1 / 0  # pyright: ignore
     with pytest.raises(ZeroDivisionError):
         learning._update()
     assert learning.tally.swaps == 0 and learning.versions.numbers() == [0] and learning.serving == 0
     assert learning.watch.floor is None
 
-    learning, fake = _with_versions(tmp_path / "ended", [better])
+    learning, fake = with_versions(tmp_path / "ended", [better])
     learning._post = lambda action: None  # the engine has ended
     learning.give_up()
     learning._update()
@@ -258,8 +234,8 @@ def test_a_service_that_ends_lets_go_of_a_swap(tmp_path: Path) -> None:
     """The engine fails while the learning waits for it to put a version in place."""
     model = llama()
     engine = Engine(model, None, {"cut": layers_draft(model, [0])}, Fixed("cut", 3), max_batch=4)
-    learning = _learning(model, engine.drafts["cut"], tmp_path)
-    learning.updater = _Fake([])  # pyright: ignore
+    learning = learning_of(model, engine.drafts["cut"], tmp_path)
+    learning.updater = FakeUpdater([])  # pyright: ignore
     service = Service(engine, learning={"cut": learning})
     service._turn = lambda: 1 / 0  # pyright: ignore
     service.start()
@@ -271,7 +247,7 @@ def test_a_service_that_ends_lets_go_of_a_swap(tmp_path: Path) -> None:
 
 def test_a_swap_is_noted_in_the_engines_thread(tmp_path: Path) -> None:
     """With the watch's new reference: what it has counted until then is of the version before."""
-    learning, _ = _with_versions(tmp_path, [Result(Verdict("better", 0.2, 50.0, 9), 1, 0.3, 0.5)])
+    learning, _ = with_versions(tmp_path, [Result(Verdict("better", 0.2, 50.0, 9), 1, 0.3, 0.5)])
     learning.watch.recent.extend([0.5] * 20)
     asked: list[Any] = []
 
@@ -285,60 +261,61 @@ def test_a_swap_is_noted_in_the_engines_thread(tmp_path: Path) -> None:
     assert asked == [(None, 0), (0.5, 1)]
 
 
-def _with_versions(folder: Path, results: list[Any]) -> tuple[Learning, Any]:
-    """Learning with two versions on disk and an updater that answers so; no thread, no engine."""
-    draft = layers_draft(llama(), [0])
-    draft.bind(VOCABULARY)
-    learning = _learning(llama(), draft, folder, pace=Pace(update_size=50, update_seconds=1e9))
-    weights = {name: weight.detach() for name, weight in ModelLearner(llama(layers=1)).trained().items()}
-    for number in (0, 1):
-        learning.versions.save(Version(number, {name: weight + number for name, weight in weights.items()}))
-    fake = _Fake(results)
-    learning.updater = fake  # pyright: ignore
-    learning.buffer.traces.append(_trace(1, "train"))
-    learning.buffer.held["gate"].extend(_trace(2 + place) for place in range(learning.gate.least))
-    return learning, fake
-
-
 def test_training_backs_off_when_it_does_not_help_and_comes_back(tmp_path: Path) -> None:
-    learning, fake = _with_versions(
+    learning, fake = with_versions(
         tmp_path,
         [
             Result(Verdict("undecided", 0.0, 1.0, 5), None, 0.3, 0.3),
             Result(Verdict("undecided", 0.0, 1.0, 6), None, 0.1, 0.3),
             Result(Verdict("undecided", 0.0, 1.0, 6), None, 0.3, 0.3),
             Result(Verdict("worse", -0.2, 1.0, 9), None, 0.3, 0.3),
-            Result(Verdict("better", 0.005, 50.0, 9), 1, 0.3, 0.305),
+            Result(Verdict("better", 0.005, 50.0, 9), 1, 0.3, 0.305),  # by a hair: it serves, and costs as much
             Result(Verdict("better", 0.2, 50.0, 9), None, 0.3, 0.5, error="no room"),
-            Result(Verdict("better", 0.2, 50.0, 9), 1, 0.3, 0.5),
+            Result(Verdict("better", 0.2, 50.0, 9), 1, 0.4, 0.6),
+            Result(Verdict("better", 0.2, 50.0, 9), 1, 0.3, 0.4),
+            Result(Verdict("undecided", 0.0, 1.0, 9), None, 0.3, 0.3),
         ],
     )
     due: list[bool] = []
-    for _ in range(7):
+    for _ in range(9):
         learning.buffer.new = 100  # twice the update size
         due.append(learning._due())
         learning._update()
-    # Cold: a gate of too few requests says nothing; one that gains. Two updates that did not help, one that did.
-    assert fake.shares == pytest.approx([1.0, 1.0, 1.0, 0.05, 0.025, 0.1, 0.1])
-    assert due == [True, True, True, True, False, True, True]
-    assert learning.cold  # the last gained much: the cap is lifted
+    # Cold: a gate of too few requests says nothing; one that gains. Three updates that did not help, one that did, to
+    # where it is not cold; one that leaves it cold, without a bound for the next.
+    assert fake.shares == pytest.approx([1.0, 1.0, 1.0, 0.05, 0.025, 0.0125, 0.0125, 0.1, 1.0])
+    assert due == [True, True, True, True, False, False, False, True, True]
+    assert not learning.cold
     tally = learning.tally
-    assert (tally.undecided, tally.refusals, tally.swaps, tally.failures) == (3, 1, 2, 1)
+    assert (tally.undecided, tally.refusals, tally.swaps, tally.failures) == (4, 1, 3, 1)
     assert learning.draft.version == 1
 
 
+def test_a_cold_drafts_first_updates_wait_for_less() -> None:
+    pace = Pace(update_size=400)
+    assert [pace.size(cold=True, updates=updates, backoff=1) for updates in range(4)] == [100, 200, 400, 400]
+    assert [pace.size(cold=False, updates=0, backoff=backoff) for backoff in (1, 4)] == [400, 1600]
+
+
 def test_paused_learning_is_not_due_and_time_alone_makes_it_due(tmp_path: Path) -> None:
-    learning, _ = _with_versions(tmp_path, [])
+    learning, fake = with_versions(tmp_path, [])
+    learning.cold = False
     learning.buffer.new = 40
     assert not learning._due()
     learning._last -= 2e9
     assert learning._due()
     learning.pause()
-    assert not learning._due()
+    assert not learning._due() and fake.held
+    learning.ask_roll_back()  # what runs may end
+    assert not fake.held
+    learning._look_back()
+    assert fake.held
+    learning.resume()
+    assert learning._due() and not fake.held
 
 
 def test_an_update_waits_until_the_gate_could_decide(tmp_path: Path) -> None:
-    learning, _ = _with_versions(tmp_path, [])
+    learning, _ = with_versions(tmp_path, [])
     learning.buffer.new = 10**6
     assert learning._due()
     learning.buffer.held["gate"].pop()
@@ -348,48 +325,35 @@ def test_an_update_waits_until_the_gate_could_decide(tmp_path: Path) -> None:
     learning.force()
     assert learning._due()
     with pytest.raises(RecipeError, match="at least 6 requests"):
-        _learning(llama(), learning.draft, tmp_path / "few", buffer=Buffer(held_out=5))
+        learning_of(llama(), learning.draft, tmp_path / "few", buffer=Buffer(held_out=5))
 
 
-def test_a_fall_of_live_acceptance_rolls_back_unless_the_traffic_changed(tmp_path: Path) -> None:
-    for gain, back in ((0.05, True), (-0.05, False)):
-        learning, fake = _with_versions(tmp_path / str(back), [Result(Verdict("undecided", gain, 1.0, 5))])
-        learning.serving = 1
-        learning._swapped_at = 1
-
-        def requests(alpha: float, count: int, learning: Learning = learning) -> None:
-            for place in range(count):
-                request = Request(f"{alpha}-{place}", (1,), Sampling(4))
-                raw = alpha + 0.001 * (place % 7)
-                # Of the version before, and by another draft: neither counts.
-                for version, own, value in ((0, True, 1 - raw), (1, False, 1 - raw), (1, True, raw)):
-                    many: Any = ((2,) * 20, 20, (0.0,) * 20, (value,) * 20)  # drafted, accepted, alpha, alpha_raw
-                    shown = Observed(request, [1] * 21, 1, torch.zeros(20, VOCABULARY), *many, version=version)
-                    learning.observe(shown, own=own)
-                learning.close(request)
-
-        requests(0.6, 64)
-        learning.watch.swapped()
-        requests(0.6, 40)
-        assert not learning._doubt
-        requests(0.2, 20)
-        assert learning._doubt
-        learning._look_back()
-        assert fake.jobs[0].other == 0 and learning.tally.rollbacks == int(back)
-        assert learning.serving == (0 if back else 1)
-        assert learning.versions.numbers() == ([0] if back else [0, 1])
+def test_a_reduced_head_follows_the_traffic(tmp_path: Path) -> None:
+    """In the draft that serves, before the update that trains on it; tokens that nobody uses leave."""
+    learning, fake = with_versions(tmp_path, [Result(Verdict("undecided", 0.0, 1.0, 9))] * 2)
+    learning.draft.restrict(torch.arange(10))
+    ids_NK = np.tile(np.array([[3, 40, 41]], np.int32), (6, 1))
+    mass = np.log(np.tile(np.array([[0.5, 0.3, 0.1]]), (6, 1))).astype(np.float16)
+    trace = replace(
+        small_trace(50, "train"), positions=np.arange(1, 7, dtype=np.int32), ids_NK=ids_NK, logprobs_NK=mass
+    )
+    learning.buffer._file(trace)
+    learning._update()
+    ids_D = learning.draft.ids_D
+    assert ids_D is not None and len(ids_D) == 10 and {3, 40, 41} <= set(ids_D.tolist())
+    assert fake.jobs[0].ids.tolist() == ids_D.tolist() and learning.tally.reranks == 1
+    learning._update()
+    assert learning.tally.reranks == 1  # as it is, it is the best
 
 
-def test_without_a_comparison_it_rolls_back_and_says_so(tmp_path: Path) -> None:
-    for answer in (CheckpointError("not whole"), Result(Verdict("undecided", 0.0, 1.0, 0), error="not whole")):
-        learning, _ = _with_versions(tmp_path / type(answer).__name__, [answer])
-        learning.serving, learning._doubt = 1, True
-        learning._look_back()
-        assert learning.serving == 0 and learning.tally.rollbacks == 1
-        assert (learning.tally.failures, learning.tally.last_error) == (1, "CheckpointError: not whole")
-
-
-def _trace(number: int, role: Role = "gate") -> Trace:
-    one = np.zeros((1, 2), np.float16)
-    position = np.array([2], np.int32)
-    return Trace(number, "t", np.array([1, 2, 3], np.int32), position, one, one, one[:, 0], role, time.time() + 99)
+def test_the_updater_is_nice_once_its_share_is_bounded(tmp_path: Path) -> None:
+    """Before, a busy server would leave it next to nothing."""
+    build = partial(model_learner, saved(llama(), tmp_path / "model"), layers=[0])
+    updater = Updater(build, tmp_path / "versions", Training(), Gate(), threads=1)
+    own, found = os.getpriority(os.PRIO_PROCESS, 0), list[int]()
+    for share in (1.0, 0.1, 0.1):
+        updater.set_share(share)
+        updater.run(Job(0, Lot([], [], [], [])))
+        found.append(os.getpriority(os.PRIO_PROCESS, updater.process.pid) - own)
+    updater.end()
+    assert found == [0, 10, 10] if own < 10 else found[0] == 0

@@ -32,6 +32,27 @@ def test_the_fastest_draft_is_found_for_each_tag_and_found_again() -> None:
     assert last("x", "a") > 0.85
 
 
+def test_the_main_draft_is_for_those_that_name_none() -> None:
+    routing = Routing(["a", "b"], {"n": "n"}, main="a")
+    assert [routing.choose(tag) for tag in (None, "b", "n", "unknown")] == ["a", "b", "n", "unknown"]
+    learned = Routing(["a", "b"], {"n": "n"}, main="a", learned=True, explore=0.0)
+    learned.record(None, "a", 100, 10.0)
+    learned.record(None, "b", 100, 1.0)
+    assert [learned.choose(tag) for tag in (None, "a", "n")] == ["b", "a", "n"]
+
+
+def test_of_the_tags_that_clients_make_up_the_oldest_are_forgotten() -> None:
+    routing = Routing(["a", "b"], learned=True, explore=0.0)
+    for number in range(5000):
+        for draft, seconds in (("a", 3.0), ("b", 1.0)):
+            routing.record(f"tag {number}", draft, 10, seconds)
+            if number % 900 == 0:  # heard of now and then
+                routing.record(None, draft, 10, seconds)
+    assert len(routing.speeds) <= 1000 and routing.speeds[None]["b"].tokens > 50
+    assert [routing.choose(tag) for tag in (None, "tag 4999", "tag 4500")] == ["b", "b", "b"]
+    assert routing.choose("tag 5") == "a"  # new again: nothing is known of either
+
+
 def test_coins_are_counted_and_uniform() -> None:
     flips = [coin(3, "keep", count) for count in range(4000)]
     assert flips == [coin(3, "keep", count) for count in range(4000)]

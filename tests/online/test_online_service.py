@@ -16,11 +16,10 @@ from limbeck.decoding.drafts.layers import layers_draft
 from limbeck.decoding.requests import Observed, Request
 from limbeck.decoding.speculative import Engine
 from limbeck.errors import RolloutError
-from limbeck.online import (
-    Routing,
-    Service,
-)
-from limbeck.online.ledger import Ledger
+from limbeck.online import Buffer, Routing, Service
+from limbeck.online.coins import HeldOut
+from limbeck.online.ledger import Ledger, Watched
+from limbeck.online.service import ServiceEnded
 
 
 def _service(model: Any = None, *, drafts: int = 1, gamma: int = 3, **changes: Any) -> Service:
@@ -60,9 +59,10 @@ def test_the_numbers_add_up() -> None:
     assert sum(draft["lengths"]) == draft["proposals"]
     assert sum(n * count for n, count in enumerate(draft["lengths"])) == draft["accepted"]
     assert seen["speedup"] is not None and 0 < seen["speedup"] < 5 and seen["plain_tokens_per_s"] > 0
-    plain = sum(sample.rounds for sample in service.ledger.plain.values())
-    drafted = sum(sample.rounds for sample in service.ledger.drafted.values())
-    assert 0.1 < plain / (plain + drafted) < 0.35  # one in five, and the ends of requests
+    plain, served = (
+        sum(sample.rounds for sample in kind.values()) for kind in (service.ledger.plain, service.ledger.served)
+    )
+    assert 0.1 < plain / served < 0.35  # one in five, and the ends of requests
     assert seen["running"] == seen["waiting"] == 0
 
 
@@ -95,7 +95,7 @@ def test_refusals() -> None:
             service.force_update()
         assert "b" not in service._open
         listener.wait()
-    with pytest.raises(RolloutError, match="stopped"):
+    with pytest.raises(ServiceEnded, match="stopped"):
         service.submit(Request("c", (1, 2), Sampling(4)), listener.receive)
     with pytest.raises(RolloutError, match="name one of them"):
         Service(service.engine, learning={"nobody": None})  # pyright: ignore[reportArgumentType]
@@ -144,18 +144,112 @@ def test_tags_choose_drafts() -> None:
     assert drafted["other"] > drafted["cut"] > 0
 
 
+def _round(rows: int, tokens: int, seconds: float, drafting: float) -> Round:
+    return Round(rows, 1, tokens, seconds, 0.0, {"cut": drafting} if drafting else {}, {})
+
+
 def test_speedup_is_of_rounds_with_as_many_requests() -> None:
-    """20 tokens in 1 s against 10 in 2 s with 2 requests; 3 requests were never decoded plainly."""
+    """With 2 requests: plainly 10 tokens in 2 s, in all 30 in 3 s; 3 requests were never decoded plainly, 4 always."""
     ledger = Ledger(decay=1.0)
-    for rows, tokens, seconds, drafting in ((2, 20, 1.0, 0.1), (2, 10, 2.0, 0.0), (3, 50, 1.0, 0.1), (4, 50, 9.0, 0.0)):
-        ledger.add_round(Round(rows, 1, tokens, seconds, 0.0, {"cut": drafting} if drafting else {}, {}))
-    assert ledger.speedup == pytest.approx(4.0)
+    for rows, tokens, seconds, drafting in ((2, 20, 1.0, 0.1), (2, 10, 2.0, 0.0), (3, 50, 1.0, 0.1)):
+        ledger.add_round(_round(rows, tokens, seconds, drafting), alone=True)
+    assert ledger.speedup == pytest.approx(30 * 0.2 / 3)
+    ledger.add_round(_round(4, 50, 9.0, 0.0), alone=True)
+    assert ledger.speedup == pytest.approx((30 * 0.2 + 9) / 12)
     assert ledger.plain_tokens_per_s == pytest.approx(60 / 11)
     assert Ledger().speedup is None and Ledger().plain_tokens_per_s is None
 
 
+def test_speedup_pays_for_training() -> None:
+    """Everything takes twice as long while a draft is trained: decoded plainly or not, it counts as what it cost."""
+    ledger = Ledger(decay=1.0)
+    watched = Watched(Fixed("cut", 3), ledger, 0, lambda _: None, lambda: training.pop(0))
+    training: list[bool] = []
+    for drafting, seconds, trained in (
+        (0.0, 1.0, [False, False]),
+        (0.0, 2.0, [True, True]),
+        (0.0, 2.0, [False, True]),  # it began, or ended, in the middle
+        (0.0, 2.0, [True, False]),
+        (0.1, 1.0, [True, True]),
+    ):
+        training += trained
+        watched.plan([])
+        watched.record(_round(1, 2 if drafting else 1, seconds, drafting))
+    assert ledger.plain[1].rounds == 1 and ledger.served[1].rounds == 5
+    assert ledger.speedup == pytest.approx(6 / 8)
+    assert ledger.plain_tokens_per_s == pytest.approx(1.0)
+
+
+def test_the_ledger_is_told_who_trains() -> None:
+    """While somebody holds the turn to train, no plain round is one of plain decoding."""
+    with _service(plain_every=2) as service:
+        with service._trains:
+            submit_all(service, GREEDY, prompts(4)).wait()
+        assert service.ledger.served and not service.ledger.plain
+        submit_all(service, GREEDY, prompts(4), start=10).wait()
+        assert service.ledger.plain
+
+
+def test_marks_of_one_kind_do_not_push_out_the_others() -> None:
+    service = _service()
+    service._mark("cut", "swap", 1)
+    for _ in range(5000):
+        service._mark("cut", "update", 1)
+    service._mark("cut", "rollback", 0)
+    marks = service.snapshot()["marks"]
+    assert [marks[0]["kind"], marks[-1]["kind"]] == ["swap", "rollback"] and 100 < len(marks) < 500
+    assert [mark["t"] for mark in marks] == sorted(mark["t"] for mark in marks)
+
+
+class Pupil:
+    """In the place of what learns: which requests have taught it."""
+
+    training_s = 0.0
+    buffer = Buffer()
+
+    def __init__(self, *, hungry: bool) -> None:
+        self.hungry = hungry
+        self.taught: set[str] = set()
+        self.whole: set[str] = set()  # of these, those that are held out
+
+    def start(self, *_: Any) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def give_up(self) -> None: ...
+
+    def tell(self, *, busy: bool) -> None: ...
+
+    def observe(self, row: Observed, *, own: bool) -> None:
+        self.taught.add(row.request.id)
+        if row.request.keep_all:
+            self.whole.add(row.request.id)
+
+    def close(self, request: Request) -> None: ...
+
+
+def test_a_request_teaches_the_draft_that_it_is_routed_to_alone() -> None:
+    """By its name, or as the main one of those that name none; or as the one that has been the fastest. More is held
+    out for the one that has too little to judge by, none of the other's."""
+    pupils: Any = {"cut": Pupil(hungry=False), "other": Pupil(hungry=True)}
+    routing, held_out = Routing(["cut", "other"], main="cut", explore=0.0), HeldOut(share=0.0, hungry=1.0)
+    with _service(drafts=2, routing=routing, learning=pupils, held_out=held_out) as service:
+        submit_all(service, GREEDY, prompts(1), route="other").wait()
+        submit_all(service, GREEDY, prompts(1), start=1).wait()
+        submit_all(service, GREEDY, prompts(1), start=2, route="cut").wait()
+        routing.learned = True
+        routing.record(None, "cut", 10, 10.0)
+        routing.record(None, "other", 10, 1e-6)
+        submit_all(service, GREEDY, prompts(1), start=3).wait()
+        assert service.counts["other"].proposals and service.counts["cut"].proposals
+    assert {name: pupil.taught for name, pupil in pupils.items()} == {"cut": {"r1", "r2"}, "other": {"r0", "r3"}}
+    assert pupils["other"].whole == {"r0", "r3"} and not pupils["cut"].whole
+
+
 class Seen:
     """In the place of what learns: the hidden states that it is shown."""
+
+    buffer, hungry = Buffer(), False
 
     def __init__(self) -> None:
         self.hidden: list[torch.Tensor | None] = []

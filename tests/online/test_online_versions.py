@@ -53,6 +53,7 @@ def test_a_withdrawn_version_is_gone_and_its_number_too(tmp_path: Path) -> None:
         versions.save(_version(number))
     versions.withdraw(2)
     assert versions.newest() == 1 and versions.next() == 3
+    assert not list((tmp_path / "withdrawn-000002").glob("*.safetensors"))
     with pytest.raises(CheckpointError, match="it is stale"):
         versions.save(_version(2))
 

@@ -11,9 +11,11 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import httpx
 import openai
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
 
 from limbeck.decoding import Sampling, generate
 from limbeck.decoding.controller import Fixed
@@ -63,6 +65,16 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+def scraped(address: str) -> dict[str, float]:
+    """The sums over all labels of each sample, and over those with one label."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(httpx.get(f"{address}/metrics").text):
+        for sample in family.samples:
+            for key in {sample.name, *(f"{sample.name}:{'='.join(label)}" for label in sample.labels.items())}:
+                found[key] = found.get(key, 0.0) + sample.value
+    return found
 
 
 @dataclass(frozen=True)

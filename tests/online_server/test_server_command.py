@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from limbeck.cli import main
 from limbeck.decoding.adaptive import Adaptive
 from limbeck.decoding.drafts.feature_files import feature_net, save_feature
 from limbeck.decoding.drafts.ngram import NgramDraft
-from limbeck.errors import LimbeckError, PreflightError, RecipeError
+from limbeck.errors import CheckpointError, LimbeckError, PreflightError, RecipeError
 from limbeck.models import hidden_and_head, load_model, vocabulary_rows
 from limbeck.online.learner import Batch
-from limbeck.online.server.serving import Options, assemble, serve
+from limbeck.online.server.serving import Options, _name, alone_in, assemble, parse_routes, serve
+from limbeck.online.versions import Version, fingerprint
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
@@ -63,6 +65,28 @@ def test_command_serves_and_ends_when_interrupted(folder: str, tmp_path: Path, s
         assert said["drafts"]["layers"]["kind"] == "model" and said["drafts"]["layers"]["buffer_positions"] > 0
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
+
+
+def test_command_ends_in_order_when_it_is_told_to(folder: str, tmp_path: Path) -> None:
+    """By SIGTERM. Before that: nobody else writes where it does, and a client has its one address, whatever it says."""
+    arguments = ("--target", folder, "--draft-kind", "layers", "--per-minute", "2", "--route", "own=ngram")
+    with command(*arguments, cwd=tmp_path) as (process, line):
+        found = re.search(r"at (http://127\.0\.0\.1:\d+) ", line)
+        assert found and line.endswith("; route own: n-grams of its own requests, not learning\n"), line
+        body = {"model": NAME, "prompt": "Once", "max_tokens": 2}
+        answers = [
+            httpx.post(f"{found[1]}/v1/completions", json=body, headers={"X-Forwarded-For": f"192.0.2.{place}"})
+            for place in range(3)
+        ]
+        assert [answer.status_code for answer in answers] == [200, 200, 429]
+        versions = tmp_path / "runs" / "serve" / NAME / "layers"
+        with pytest.raises(RecipeError, match="--out: expected .*layers to be free, found another server"):
+            with alone_in(versions):
+                pass
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    with alone_in(versions):
+        pass
 
 
 def test_command_explains_a_mistake_in_one_line(
@@ -111,6 +135,42 @@ def test_serve_makes_the_draft_that_is_asked_for(folder: str, tmp_path: Path) ->
         assert isinstance(adaptive, Adaptive) and adaptive.verify.known.keys() == {1, 2, 4, 6, 8, 12, 16}
     served = made["layers"][0]
     assert served.context == 512 and served.stop_tokens == (1,) and served.name == NAME
+
+
+def learnt(learning: Any) -> dict[str, torch.Tensor]:
+    """The weights of a version 1, as if it had been learnt."""
+    learner = learning.build()
+    first = {name: weight.detach().clone() for name, weight in learner.trained().items()}
+    learning.versions.claim(fingerprint(learner.trained()))
+    learning.versions.save(Version(0, first))
+    better = {name: weight + 0.25 for name, weight in first.items()}
+    learning.versions.save(Version(1, better))
+    return better
+
+
+def test_serve_without_learning_takes_up_what_was_learnt(folder: str, tmp_path: Path) -> None:
+    wanted = options(folder, tmp_path, routes={"sql": "layers"})
+    own = learnt(assemble(wanted, None)[0].service.learning["sql"])
+    served, described = assemble(replace(wanted, learning=False), None)
+    layers, place = "layers 0, 2 of the target's 5", tmp_path / "versions" / NAME / "sql"
+    assert described == f"{layers}, not learning; route sql: {layers}, version 1 of {place}, not learning"
+    drafts: Any = served.service.engine.drafts
+    assert (drafts["layers"].version, drafts["sql"].version) == (0, 1) and not served.service.learning
+    for name, weight in drafts["sql"].reader.model.named_parameters():
+        torch.testing.assert_close(weight.float(), own[name], atol=1e-2, rtol=1e-2)
+    with pytest.raises(CheckpointError, match="expected versions of the draft that serves, found another's"):
+        assemble(replace(wanted, learning=False, layers=[1, 2]), None)
+
+
+def test_serve_bounds_the_context(folder: str, tmp_path: Path) -> None:
+    """Below the model's own, never above it."""
+    for context, expected in ((64, 64), (100_000, 512), (None, 512)):
+        served, _ = assemble(options(folder, tmp_path, context=context), None)
+        assert served.context == served.service.engine.context == expected
+
+
+def test_serve_names_a_model_of_the_hub_whole(folder: str) -> None:
+    assert [_name(path) for path in (folder, "Owner/Model", f"{folder}/../{NAME}/")] == [NAME, "Owner/Model", NAME]
 
 
 def test_serve_takes_a_feature_draft_by_its_folder(folder: str, tmp_path: Path) -> None:
@@ -208,6 +268,11 @@ def test_serve_refuses_a_draft_of_another_vocabulary(folder: str, tmp_path: Path
         ({"head_rows": 9, "draft_kind": "ngram"}, "--head-rows: expected a draft with a model"),
         ({"head_text": "x"}, "--head-text: expected --head-rows"),
         ({"weights": "int3"}, "weights: expected one of .*'int3'"),
+        ({"routes": {"a/b": "ngram"}}, "--route a/b: expected letters"),
+        ({"routes": {"..": "ngram"}}, "--route ..: expected letters"),
+        ({"routes": {"ngram": "ngram"}}, "--route ngram: expected another name"),
+        ({"routes": {"sql": "/nothing/there"}}, "/nothing/there"),
+        ({"learned_routing": True}, "--learned-routing: expected --route"),
     ],
 )
 def test_serve_refuses_options_that_do_not_fit(
@@ -215,6 +280,13 @@ def test_serve_refuses_options_that_do_not_fit(
 ) -> None:
     with pytest.raises(LimbeckError, match=message):
         assemble(options(folder, tmp_path, **changes), None)
+
+
+def test_routes_are_read_from_the_command_line() -> None:
+    assert parse_routes(["sql=runs/sql", "a.b=c=d"]) == {"sql": "runs/sql", "a.b": "c=d"}
+    for texts, message in ((["sql"], "NAME=FOLDER"), (["=x"], "NAME=FOLDER"), (["a=b", "a=c"], "'a' twice")):
+        with pytest.raises(RecipeError, match=message):
+            parse_routes(texts)
 
 
 def test_serve_refuses_addresses_before_it_loads_anything(tmp_path: Path) -> None:

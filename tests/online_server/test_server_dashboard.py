@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
 from online_server_browser import Tab, browser
-from online_server_helpers import Recorded, Start, client_of, listening, served_by
+from online_server_helpers import Recorded, Start, client_of, listening, served_by, wait_for
 
 from limbeck.errors import RolloutError
 from limbeck.online.server import Keys
@@ -121,13 +123,13 @@ def page_of(stories: tuple[Any, Any], service: Any, **changes: Any) -> Iterator[
 def test_history_covers_a_whole_life_in_few_points() -> None:
     """Totals at the ends of any stretch are exact, whatever was left out between them."""
     history, service = History(), Scripted()
-    second = 0
-    while second < 10_000:
+    for second in range(10_000):
         service.state |= {"wall_s": float(second), "tokens": second**2}
         service.state["drafts"]["gsm8k"]["verified"] = 3 * second
         history.add(service.state)
-        second += int(history.period)
-    columns = history.columns()
+    columns, recent = history.plain()["history"], history.plain()["recent"]
+    assert recent["t"] == list(range(9910, 10_000)) and recent["tokens"][-1] == 9999**2  # the last ones, each
+    assert recent["drafts"]["gsm8k"]["verified"] == [3 * t for t in recent["t"]]
     assert 600 <= len(columns["t"]) <= 1201 and history.period == 16
     assert columns["t"][0] == 0 and columns["t"][-1] > 9990 - 16
     assert columns["tokens"] == [t**2 for t in columns["t"]]
@@ -144,6 +146,28 @@ def test_dashboard_tells_what_the_service_did(start: Start, service: Recorded) -
     assert sum(draft["lengths"]) == draft["proposals"] > 0
     assert sum(place * count for place, count in enumerate(draft["lengths"])) == draft["accepted"]
     assert found["history"]["drafts"]["cut"].keys() == {"verified", "alpha_sum", "proposals", "drafted"}
+
+
+def test_dashboard_keeps_nobody_waiting(stories: tuple[Any, Any]) -> None:
+    """A snapshot waits for the buffer's lock: who asks for a text does not."""
+    service, asked, go_on = Scripted(), threading.Semaphore(0), threading.Event()
+    real = service.snapshot
+
+    def slow() -> dict[str, Any]:
+        asked.release()
+        assert go_on.wait(60)
+        return real()
+
+    with page_of(stories, service) as (address, history), ThreadPoolExecutor(1) as pool:
+        service.snapshot = slow
+        try:
+            found = pool.submit(httpx.get, f"{address}/dashboard.json", timeout=30)
+            assert asked.acquire(timeout=10) and asked.acquire(timeout=10)  # by the page, and for the history
+            assert httpx.get(f"{address}/health", timeout=10).status_code == 200
+        finally:
+            go_on.set()
+        assert found.result().json()["model"] == "stories260k"
+        wait_for(lambda: history.count)
 
 
 def test_dashboard_buttons_reach_the_service(stories: tuple[Any, Any]) -> None:
@@ -181,6 +205,7 @@ PROBE = """(() => {
     small: [...document.querySelectorAll("text, td, th, p, span, small")].filter(
       (element) => element.textContent.trim() && parseFloat(getComputedStyle(element).fontSize) < 11).length,
     state: document.querySelector("#state").innerText.trim(), said: document.querySelector("#say").innerText,
+    failure: document.querySelector("#failure").innerText, light: document.querySelector("#state").className,
   };
 })()"""
 
@@ -195,6 +220,7 @@ POINT = """(() => {
   const plot = document.querySelector("#alpha"), box = plot.getBoundingClientRect();
   plot.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + box.width / 2 }));
 })()"""
+NOWHERE = "about:blank"  # before the server ends: a page that goes on asking has a problem
 READY = "document.querySelectorAll('.tiles li').length === 6"
 
 
@@ -210,15 +236,21 @@ def test_dashboard_in_a_browser(stories: tuple[Any, Any], tab: Tab, width: int, 
         tab.open(address)
         tab.until(f"{READY} && document.querySelectorAll('#alpha svg').length")
         busy = tab.ask(PROBE)
+        service.state["failure"] = "RuntimeError: <no memory left>"
+        tab.until("document.querySelector('#state').innerText.trim() === 'engine ended'")
+        failed = tab.ask(PROBE)
         tab.ask(POINT)
         tip = tab.ask("document.querySelector('#alpha .tip').innerText")
-    for found in (empty, busy):
+        tab.open(NOWHERE)
+    for found in (empty, busy, failed):
         assert found["width"] == width and found["scroll"] <= width and found["outside"] == [] and found["small"] == 0
         assert found["nonsense"] is None
         lightness = sum(map(int, found["background"][4:-1].split(",")))
         assert lightness < 120 if dark else lightness > 700
     assert empty["empty"] == 5 and empty["lines"] == [] and empty["tiles"][:3] == ["–", "0", "–"]
     assert busy["empty"] == 0 and busy["rows"] == 3 and busy["state"] == "learning"
+    assert busy["failure"] == "" and failed["failure"].endswith("RuntimeError: <no memory left>")
+    assert failed["light"] == "state lost" and busy["light"] == "state on"
     assert "gsm8k, last failure: UpdaterLost: <gone>" in busy["drafts"] and "learns no more" in busy["drafts"]
     assert "0.012" in busy["drafts"] and "last failure" not in empty["drafts"]
     assert busy["tiles"][2:5] == ["1.84×", "7 + 3", "812"]
@@ -228,6 +260,27 @@ def test_dashboard_in_a_browser(stories: tuple[Any, Any], tab: Tab, width: int, 
     assert len(busy["bars"]) == 6 and all(bar[0] > 1 for bar in busy["bars"])
     assert all(name in tip for name in NAMES)
     assert tab.problems == []
+
+
+def test_dashboard_tells_the_last_seconds_of_a_long_life(stories: tuple[Any, Any], tab: Tab) -> None:
+    """A token and a position a second for hours, of which one in five stood; then 15 s of 100, and four in five."""
+    service = Scripted()
+    with page_of(stories, service) as (address, history):
+        tokens, alpha_sum = 0, 0.0
+        for second in range(10_000):
+            quick = second >= 9985
+            tokens += 100 if quick else 1
+            alpha_sum += 80 if quick else 0.2
+            counted = {"verified": tokens, "alpha_sum": alpha_sum, "proposals": tokens, "drafted": tokens}
+            service.state["drafts"]["gsm8k"] = draft_of(**counted)
+            service.state |= {"wall_s": float(second), "tokens": tokens, "running": 1}
+            history.add(service.state)
+        tab.show(900, 900, dark=False)
+        tab.open(address)
+        tab.until(READY)
+        found = tab.ask(PROBE)
+        tab.open(NOWHERE)
+    assert found["tiles"][:2] == ["0.78", "100"] and "0.78" in found["drafts"]
 
 
 def test_dashboard_buttons_in_a_browser(stories: tuple[Any, Any], tab: Tab) -> None:
@@ -248,5 +301,6 @@ def test_dashboard_buttons_in_a_browser(stories: tuple[Any, Any], tab: Tab) -> N
         tab.ask("document.querySelector('#rollback').click()")
         tab.until("document.querySelector('#say').innerText.includes('expected a version before')")
         assert service.learning == "on" and service.pressed == [("update", "gsm8k")]
+        tab.open(NOWHERE)
     refused = [problem for problem in tab.problems if "401" in problem or "409" in problem]
     assert tab.problems == refused  # Chromium reports these two itself

@@ -42,6 +42,8 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
         ({"stream_options": {"include_usage": True}}, None),
         ({"logprobs": 5}, "logprobs"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
+        ({"top_k": -2}, "top_k"),
     ],
 )
 def test_server_refuses_what_has_no_meaning(address: str, change: dict[str, Any], param: str | None) -> None:
@@ -116,6 +118,13 @@ def test_server_fills_the_context_where_nothing_is_said(client: openai.OpenAI) -
     assert text.usage is not None and text.usage.completion_tokens == 16
 
 
+def test_server_takes_both_words_for_all_tokens(start: Start, service: Recorded) -> None:
+    with start(service=service) as address:
+        for top_k in (-1, 0, 7):
+            client_of(address).completions.create(model=NAME, prompt="Once", extra_body={"top_k": top_k})
+    assert [request.sampling.top_k for request in service.seen] == [0, 0, 7]
+
+
 def test_server_passes_on_who_must_not_be_trained_on(start: Start, service: Recorded) -> None:
     """By the field or by the header; a header cannot undo the field."""
     with start(service=service) as address:
@@ -127,6 +136,8 @@ def test_server_passes_on_who_must_not_be_trained_on(start: Start, service: Reco
         ask(extra_body={"train": False}, extra_headers={"X-Limbeck-Train": "true"})
         ask(extra_headers={"X-Limbeck-Route": "cut"})
         ask(extra_body={"route": "cut"})
+        with pytest.raises(openai.BadRequestError, match="at most 256 characters"):
+            ask(extra_headers={"X-Limbeck-Route": "a" * 257})
         with pytest.raises(openai.BadRequestError, match="X-Limbeck-Train: expected true or false, found 'no'"):
             ask(extra_headers={"X-Limbeck-Train": "no"})
     assert [request.train for request in service.seen] == [True, False, False, False, True, True]

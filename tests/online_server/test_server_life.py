@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -12,22 +13,12 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
-from online_server_helpers import NAME, Recorded, Start, client_of, wait_for, written
-from prometheus_client.parser import text_string_to_metric_families
+from online_server_helpers import NAME, Recorded, Start, client_of, scraped, served_by, wait_for, written
 
-from limbeck.online.server import Limits
+from limbeck.online.server import Limits, create_app, stream
+from limbeck.online.server.text import Detokenizer
 
 LONG = {"model": NAME, "prompt": "Once upon a time", "max_tokens": 500, "temperature": 0, "min_tokens": 490}
-
-
-def scraped(address: str) -> dict[str, float]:
-    """The sums over all labels of each sample, and over those with one label."""
-    found: dict[str, float] = {}
-    for family in text_string_to_metric_families(httpx.get(f"{address}/metrics").text):
-        for sample in family.samples:
-            for key in {sample.name, *(f"{sample.name}:{'='.join(label)}" for label in sample.labels.items())}:
-                found[key] = found.get(key, 0.0) + sample.value
-    return found
 
 
 def hang_up(address: str, body: dict[str, Any]) -> socket.socket:
@@ -75,6 +66,66 @@ def test_server_ends_a_stream_that_the_client_closes(start: Start, service: Reco
         assert next(iter(stream)).choices[0].text
         stream.close()
         wait_for(lambda: service.cancelled and not service.engine.busy)
+
+
+def test_server_gives_up_a_client_that_does_not_read(
+    stories: tuple[Any, Any], service: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays, and takes nothing: what is written for it ends, and its place is free."""
+    monkeypatch.setattr(stream, "_PATIENCE", 0.2)
+    text = json.dumps(LONG | {"stream": True}).encode()
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+
+    async def ask() -> list[str]:
+        asked, sent = [{"type": "http.request", "body": text}], list[str]()
+
+        async def receive() -> Any:
+            return asked.pop() if asked else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            sent.append(message["type"])
+            if len(sent) > 5:
+                await asyncio.Event().wait()
+
+        await asyncio.wait_for(create_app(served_by(stories, service))(scope, receive, send), 20)
+        return sent
+
+    with service:
+        assert asyncio.run(ask()) == ["http.response.start"] + ["http.response.body"] * 5
+        wait_for(lambda: not service.engine.busy)
+    assert service.cancelled == [request.id for request in service.seen]
+
+
+def test_server_writes_long_answers_beside_others(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making text of a whole answer takes its time, in which nobody else waits."""
+    writing, go_on = threading.Event(), threading.Event()
+    real = Detokenizer.finish
+
+    def slow(self: Detokenizer, *arguments: Any, **more: Any) -> Any:
+        writing.set()
+        assert go_on.wait(20)
+        return real(self, *arguments, **more)
+
+    monkeypatch.setattr(Detokenizer, "finish", slow)
+    body = {"model": NAME, "prompt": "Once", "max_tokens": 4}
+    with start() as address, ThreadPoolExecutor(1) as pool:
+        try:
+            answer = pool.submit(httpx.post, f"{address}/v1/completions", json=body, timeout=30)
+            assert writing.wait(20)
+            assert httpx.get(f"{address}/health", timeout=10).status_code == 200
+        finally:
+            go_on.set()
+        assert answer.result().status_code == 200
+
+
+def test_server_says_that_it_has_ended(start: Start, service: Recorded) -> None:
+    """To a request that comes between the end and the news of it: it is not the client's mistake."""
+    with start(service=service) as address:
+        service.stop()
+        with pytest.raises(openai.InternalServerError, match="it was stopped") as caught:
+            client_of(address).completions.create(model=NAME, prompt="Once")
+    assert caught.value.status_code == 503 and caught.value.code == "engine_ended"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,21 @@ def test_server_without_keys_serves_this_machine_alone(address: str) -> None:
     for host in ("evil.example", "evil.example:8000", "192.168.1.2", "127.0.0.1.evil.example", ""):
         answer = httpx.get(f"{address}/v1/models", headers={"host": host})
         assert answer.status_code == 403 and answer.json()["error"]["code"] == "wrong_host"
+
+
+def test_server_takes_nothing_from_pages_of_other_sites(address: str) -> None:
+    """What a browser sends here without asking first is not JSON by its own word; and it tells whose page it is."""
+    url, text = f"{address}/v1/completions", json.dumps(BODY)
+    for kind in (None, "text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "text/plain, application/json"):
+        answer = httpx.post(url, content=text, headers={} if kind is None else {"content-type": kind})
+        assert answer.status_code == 415 and answer.json()["error"]["code"] == "unsupported_media_type"
+    for origin in ("https://evil.example", "null", "http://127.0.0.1.evil.example", "http://[", "http://192.168.1.2"):
+        answer = httpx.post(url, json=BODY, headers={"origin": origin})
+        assert answer.status_code == 403 and answer.json()["error"]["code"] == "wrong_origin", origin
+    for origin in ("http://127.0.0.1:8000", "http://localhost:3000", "http://[::1]:8000"):
+        assert httpx.post(url, json=BODY, headers={"origin": origin}).status_code == 200
+    kind = "Application/JSON; charset=utf-8"
+    assert httpx.post(url, content=text, headers={"content-type": kind}).status_code == 200
 
 
 def test_limits_are_above_zero() -> None:

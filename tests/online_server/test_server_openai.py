@@ -135,13 +135,14 @@ def test_server_gives_the_targets_logprobs(client: openai.OpenAI, stories: tuple
     text = answer.choices[0].text
     ends = [*found.text_offset[1:], len(text)]
     places = zip(found.tokens, found.text_offset, ends, strict=True)
-    assert [token.strip() for token in found.tokens] == [text[begin:end].strip() for _, begin, end in places]
+    assert found.tokens == [text[begin:end] for _, begin, end in places] and found.tokens[0].startswith(" ")
     chat = client.chat.completions.create(
         model=NAME, messages=MESSAGES, max_tokens=9, temperature=0, logprobs=True, top_logprobs=0
     )
     content = chat.choices[0].logprobs.content if chat.choices[0].logprobs else None
     assert content is not None and len(content) == 9
     assert all(bytes(entry.bytes or ()).decode() == entry.token for entry in content)
+    assert "".join(entry.token for entry in content) == chat.choices[0].message.content
 
 
 def test_server_counts_tokens_given_as_numbers(client: openai.OpenAI, stories: tuple[Any, Any]) -> None:
@@ -171,6 +172,14 @@ def test_server_tells_a_requests_own_acceptance_when_asked(client: openai.OpenAI
         assert 200 <= found["accepted"] + found["rounds"] <= 200 + 3
     assert 0 < found["accepted"] < found["drafted"] and found["accepted"] <= found["verified"] <= found["drafted"]
     assert 0 < found["alpha"] < 1 and found["draft_efficiency"] == found["accepted"] / found["drafted"]
+
+
+def test_server_tells_the_acceptance_of_a_stream(client: openai.OpenAI) -> None:
+    """Whoever asks for it gets the usage that it is a part of."""
+    wanted: dict[str, Any] = {"model": NAME, "prompt": PROMPT, "max_tokens": 30, "temperature": 0, "stream": True}
+    usage = joined(client.completions.create(**wanted, extra_headers={"X-Limbeck-Acceptance": "true"}))[2]
+    assert usage.completion_tokens == 30 and usage.model_extra["limbeck"]["drafted"] > 0
+    assert joined(client.completions.create(**wanted))[2] is None
 
 
 def test_server_names_its_model(client: openai.OpenAI) -> None:

@@ -98,6 +98,17 @@ def test_detokenizer_holds_back_what_may_become_a_stop_string(
     assert text + detokenizer.finish(tokens[-1:], stopped=bool(ends))[0] == expected
 
 
+def test_the_text_and_the_bytes_of_one_token(bytewise: Any, stories: tuple[Any, Any]) -> None:
+    """Bytes join to the text, also where tokens are parts of a character; texts do elsewhere, spaces and all."""
+    of_bytes, of_pieces = Detokenizer(bytewise, []), Detokenizer(stories[1], [])
+    for detokenizer, tokens in ((of_bytes, bytewise(TEXT)["input_ids"]), (of_pieces, fallback(stories, TEXT))):
+        assert b"".join(detokenizer.bytes_of(token) or b"?" for token in tokens) == TEXT.encode()
+    assert {of_pieces.text_of(token) for token in fallback(stories, "é")} == {"\ufffd"}
+    words = stories[1]("the dog ran", add_special_tokens=False)["input_ids"]
+    assert "".join(map(of_pieces.text_of, words)) == " the dog ran"
+    assert of_pieces.text_of(2) == "</s>" and of_pieces.text_of(10**6) == ""
+
+
 def test_encoder_takes_templates_that_change_earlier_turns(stories: tuple[Any, Any]) -> None:
     """Thoughts are left out of the history, as reasoning models have it; an assistant may greet first."""
     tokenizer = copy.deepcopy(stories[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -135,10 +136,16 @@ def test_a_way_wins_by_being_faster_and_right():
         time.sleep(0.002)
         return own
 
+    def hindered() -> Tensor:
+        time.sleep(0.01 if next(calls) < 10 else 0)
+        return own
+
+    calls = itertools.count()
     wins: Any = products._wins
-    assert wins(lambda: own, slow)
-    assert not wins(slow, slow) and not wins(slow, lambda: own)
-    assert not wins(lambda: own + 0.01, slow)  # faster, but something else
+    assert wins(lambda: own, slow, 5)
+    assert not wins(slow, slow, 9) and not wins(slow, lambda: own, 9)
+    assert not wins(lambda: own + 0.01, slow, 9)  # faster, but something else
+    assert wins(hindered, slow, 20)  # faster, once the machine is free
 
 
 def test_a_machine_without_onednn_keeps_its_own(monkeypatch: pytest.MonkeyPatch):

@@ -14,7 +14,8 @@ from limbeck.decoding.int8 import int8_weights
 from limbeck.decoding.records import Completion, Mix, Prompt
 from limbeck.decoding.requests import Counters, Event, Observation, Observed, Request
 from limbeck.decoding.sampler import Sampling
-from limbeck.decoding.speculative import Engine, speculate
+from limbeck.decoding.speculate import speculate
+from limbeck.decoding.speculative import Engine
 
 __all__ = [
     "Adaptive",

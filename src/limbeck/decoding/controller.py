@@ -22,18 +22,22 @@ NOTHING = Choice(None, 0)
 
 @dataclass(frozen=True)
 class Drafted:
-    """One row's part in a round: `kept[j]` says whether the j-th judged token stood, `confidence[j]` is the draft's."""
+    """One row's part in a round: `kept[j]` says whether the j-th judged token stood, `confidence[j]` is the draft's,
+    whose weights were those of `version`."""
 
     row: Live
     draft: str
     confidence: Sequence[float]
     kept: Sequence[bool]
+    version: int = 0
 
 
 @dataclass(frozen=True)
 class Round:
     """What a round cost and brought: `tokens` were emitted in `seconds`; the target read `rows` rows of `width` tokens
-    in `verify_seconds`. By draft: all that it took, and what one more step of it takes, where that is known."""
+    in `verify_seconds`. By draft: all that it took, what a step of it takes, where it took one, and, where it was
+    behind, how many columns it has read before and the seconds of that. `ended`: tokens of the completions that are
+    whole with this round."""
 
     rows: int
     width: int
@@ -43,6 +47,8 @@ class Round:
     draft_seconds: Mapping[str, float]
     step_seconds: Mapping[str, float]
     drafted: Sequence[Drafted] = field(default_factory=list[Drafted])
+    read: Mapping[str, tuple[int, float]] = field(default_factory=dict[str, tuple[int, float]])
+    ended: Sequence[int] = ()
 
 
 class Controller(Protocol):
@@ -52,7 +58,7 @@ class Controller(Protocol):
         ...
 
     def plan(self, rows: Sequence[Live]) -> list[Choice]:
-        """One choice a row, for the next round."""
+        """One choice a row, for the next round. `Live.behind` is what each draft would have to read first."""
         ...
 
     def go_on(self, draft: str, rows: Sequence[Live], confidence: Sequence[Sequence[float]]) -> bool:
@@ -64,7 +70,7 @@ class Controller(Protocol):
         ...
 
     def probed(self, tokens: int, seconds: float) -> None:
-        """A pass of the target over so many tokens takes so long, tried before anything is served."""
+        """A pass of the target over so many tokens takes so long: tried before anything is served."""
         ...
 
 

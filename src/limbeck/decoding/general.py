@@ -95,15 +95,18 @@ class _Drawing(LogitsProcessor):
             if not self.stopped[place]:
                 self.tokens[place].append(token)
                 self.logprobs[place].append(logprob)
-                self.stopped[place] = self._ends(self.tokens[place])
+                self.stopped[place] = self._ends(self.rows[place], self.tokens[place])
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens_B[:, None], 0.0)
 
     def results(self) -> Iterator[tuple[Row, list[int], list[float], Literal["stop", "length"]]]:
         for row, tokens, logprobs, stopped in zip(self.rows, self.tokens, self.logprobs, self.stopped, strict=True):
             yield row, tokens, logprobs, "stop" if stopped else "length"
 
-    def _ends(self, tokens: list[int]) -> bool:
-        return tokens[-1] in self.sampling.stop_tokens or self.sampling.completes(self.tokenizer, [tokens])[0]
+    def _ends(self, row: Row, tokens: list[int]) -> bool:
+        text = [*row.tokens[-1:], *tokens]
+        return (
+            tokens[-1] in self.sampling.stop_tokens or self.sampling.completes(self.tokenizer, [text], [len(tokens)])[0]
+        )
 
 
 class _AllEnded(StoppingCriteria):

@@ -131,13 +131,13 @@ class _Unit:
 
     def _alpha_raw(self, total_bq: Tensor) -> Tensor:
         """sum_v min(p, q) at temperature 1, unfiltered."""
-        logprobs_bgV = self.logits_bqV[:, :-1] - total_bq[:, :-1, None]
+        logits_bgV, total_bg1 = self.logits_bqV[:, :-1], total_bq[:, :-1, None]
         q_bgD = self._of_draft("raw_BGD")
         if q_bgD is None:
-            return logprobs_bgV.gather(-1, self.drafted_bg[..., None])[..., 0].exp()
+            return (logits_bgV.gather(-1, self.drafted_bg[..., None]) - total_bg1)[..., 0].exp()
         ids_D = self.proposal.ids_D if self.proposal else None
-        p_bgD = (logprobs_bgV if ids_D is None else logprobs_bgV[..., ids_D]).exp()
-        return torch.minimum(p_bgD, q_bgD).sum(-1)
+        logits_bgD = logits_bgV if ids_D is None else logits_bgV[..., ids_D]  # few of them: not after a pass over all
+        return torch.minimum((logits_bgD - total_bg1).exp(), q_bgD).sum(-1)
 
     def _of_draft(self, name: str, *, softmax: bool = True) -> Tensor | None:
         """What the proposal holds for these rows; logits as probabilities."""

@@ -15,17 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from limbeck.decoding.packed import packed
+from limbeck.decoding.packed import FEW_ROWS, packed
 from limbeck.decoding.ragged_cache import RaggedCache
 from limbeck.models.linear import is_linear
 
 Product = Callable[[Tensor], Tensor]
 
-LEAN_ROWS = {"own": 32, "int8": 4}
-"""Tokens of a pass up to which `Lean` is used, by how the weights are kept: it attends row by row, which saves a fixed
-time a pass, and beyond some tokens the model's own forward costs no more."""
+LEAN_ROWS = {**FEW_ROWS, "own": 128}
+"""Tokens of a pass up to which `Lean` is used on a CPU, by how the weights are kept: with more the model's own forward
+costs no more. Milliseconds of a 0.5 B model's 24 layers in bf16 over 290 tokens, two threads, rows x tokens:
+1 x 64 79, own forward 98; 1 x 256 300, 320; 6 x 6 58, 80; 16 x 6 129, 172; 32 x 2 119, 185; but 64 x 1 141, 117."""
+
+_SINGLE_ROWS = 32
+"""Rows that it attends to one after the other when each reads one token; so many tokens in all on other devices."""
 
 _MODULES = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+_HEAD_NORMS = ("q_norm", "k_norm")
 _STATIC_ROTATIONS = ("default", "linear", "llama3", "yarn")
 
 
@@ -39,20 +44,27 @@ def is_lean(body: Any) -> bool:
     windowed = getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None) is not None
     if rotation not in _STATIC_ROTATIONS or windowed or set(types) != {"full_attention"}:
         return False
-    return all(_is_lean_layer(layer) for layer in body.layers)
+    return _is_lean_norm(body.norm) and all(_is_lean_layer(layer) for layer in body.layers)
 
 
 def _is_lean_layer(layer: Any) -> bool:
     if {name for name, _ in layer.named_children()} != set(_MODULES):
         return False
     attention, mlp = dict(layer.self_attn.named_children()), dict(layer.mlp.named_children())
-    attention = {name: module for name, module in attention.items() if name not in ("q_norm", "k_norm")}
+    head_norms = [attention.pop(name) for name in _HEAD_NORMS if name in attention]
     linears = [*attention.values(), *(mlp.get(name) for name in ("gate_proj", "up_proj", "down_proj"))]
     return (
         set(attention) == {"q_proj", "k_proj", "v_proj", "o_proj"}
         and set(mlp) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
         and all(is_linear(linear) for linear in linears)
+        and all(map(_is_lean_norm, [layer.input_layernorm, layer.post_attention_layernorm, *head_norms]))
+        and bool(getattr(layer.self_attn, "use_rope", True))  # SmolLM3 turns nothing in every fourth layer
     )
+
+
+def _is_lean_norm(norm: Any) -> bool:
+    """Gemma's norm adds one to its weight and has no `variance_epsilon`, that of OLMo 1 has no weight."""
+    return hasattr(norm, "weight") and hasattr(norm, "variance_epsilon")
 
 
 class _Layer:
@@ -67,7 +79,7 @@ class _Layer:
         self.down = _joined([mlp.down_proj], weights, new)
         self.activation = mlp.act_fn
         self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        self.head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self.head_norms = [getattr(attention, name, None) for name in _HEAD_NORMS]
         self.width = attention.head_dim
         self.scale = attention.scaling
 
@@ -94,10 +106,15 @@ class Lean:
     def __init__(self, body: Any, cache: RaggedCache, weights: str, new: Mapping[Any, Tensor] | None = None) -> None:
         self.body = body
         self.cache = cache
+        self.most = LEAN_ROWS[weights] if body.embed_tokens.weight.device.type == "cpu" else _SINGLE_ROWS
         replaced = new or {}
         self.layers = [_Layer(layer, weights, lambda own: replaced.get(own, own)) for layer in body.layers]
         self.heads = body.config.num_attention_heads, body.config.num_key_value_heads
         self.cos_TD = self.sin_TD = torch.zeros(0)
+
+    def pays(self, rows: int, width: int) -> bool:
+        """Whether it reads so many rows of so many tokens faster than the model's own forward."""
+        return rows * width <= self.most and (width > 1 or rows <= _SINGLE_ROWS)
 
     def read(self, input_ids_BQ: Tensor, taps: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """As `Reader.read`, after `RaggedCache.place`."""

@@ -19,13 +19,19 @@ TARGET, DRAFT, ACCEPT = 0, 1, 2
 @dataclass(eq=False)
 class Live:
     """Tokens [0, len(tokens)) are known; the first `prompt` are the request's own, `limit` is where it must end.
-    `slot` is its row in every cache. The target has read all tokens but the newest. `alone`: nobody drafts for it."""
+    `slot` is its row in every cache. `read`: columns of the prompt that the target has read so far; when they are all,
+    tokens are written, of which it has read all but the newest. `tapped`: its hidden states of a prompt that is being
+    read, where an observer will want them. `behind`: by draft, the columns that it would have to read before its first
+    step. `alone`: nobody drafts for it."""
 
     request: Request
     limit: int
     slot: int
     tokens: list[int] = field(init=False)
     counters: Counters = field(default_factory=Counters)
+    read: int = 0
+    tapped: list[Tensor] = field(default_factory=list[Tensor])
+    behind: dict[str, int] = field(default_factory=dict[str, int])
     alone: bool = False
 
     def __post_init__(self) -> None:
@@ -34,6 +40,11 @@ class Live:
         self.prompt = len(self.tokens)
         key, gamma = stream_key(request.sampling.seed, request.stream, request.sample)
         self.keys = [(key, gamma), *(stream_key(key, (gamma, kind), 0) for kind in (DRAFT, ACCEPT))]
+
+    @property
+    def joining(self) -> bool:
+        """Whether its prompt is still being read."""
+        return self.read < self.prompt
 
     @property
     def left(self) -> int:

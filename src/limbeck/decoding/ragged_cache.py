@@ -17,6 +17,7 @@ from torch import Tensor
 from limbeck.decoding.cache import SlotCache, SlotLayer, View
 
 _GROWTH = 64  # columns that the buffers grow by, at least
+_KEPT = 64 << 20  # bytes of buffers that stay when nothing is in them: to grow anew costs more
 
 
 @dataclass
@@ -54,11 +55,32 @@ class RaggedLayer(SlotLayer):
 
 
 class RaggedCache:
-    """The keys and values of some slots, for any reader: `cache` is what a model of transformers takes."""
+    """The keys and values of some slots, for any reader: `cache` is what a model of transformers takes. `most`: columns
+    that a row may have (None: any number), beyond which buffers grow for padding alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
         self.view = RaggedView(slots=0, capacity=0)
         self.cache = SlotCache(self.view, RaggedLayer)
+        self.most = most
+        self.used: int | None = None  # slots that are anybody's; None: not known
+
+    def bound(self, most: int | None) -> None:
+        """Rows have at most so many columns, where that says more than is known."""
+        self.most = min((limit for limit in (self.most, most) if limit is not None), default=None)
+
+    def keep(self, slots: int) -> None:
+        """The first `slots` slots are in use. What stands in others goes when the buffers grow, for they are as wide as
+        the widest row in every slot; all of it at once where none is in use and it is much."""
+        self.used = slots
+        if slots == 0 and self.bytes > _KEPT:
+            self.view.slots = self.view.capacity = 0
+            for layer in self.cache.used():
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+
+    @property
+    def bytes(self) -> int:
+        return sum(buffer.nbytes for layer in self.cache.used() for buffer in (layer.keys, layer.values))
 
     def place(self, slots: Sequence[int], starts: Sequence[int], width: int) -> None:
         """The next forward reads `width` tokens in each of these slots, the first of them at column `starts[b]`."""
@@ -95,9 +117,13 @@ class RaggedCache:
             return
         if slots > view.slots:
             slots = max(slots, min(2 * view.slots, slots + 8))
-        slots, columns = max(slots, view.slots), view.capacity
+        columns = view.capacity
         if end > columns:
             columns = end + max(_GROWTH, end // 2)
+            columns = columns if self.most is None else max(end, min(columns, self.most))
+            slots = max(slots, view.slots if self.used is None else self.used)
+        else:
+            slots = max(slots, view.slots)
         view.slots, view.capacity = slots, columns
         for layer in self.cache.used():
             layer.keys, layer.values = (_grown(buffer, slots, columns) for buffer in (layer.keys, layer.values))
@@ -105,7 +131,7 @@ class RaggedCache:
 
 def _grown(buffer: Any, slots: int, columns: int) -> Tensor:
     grown = buffer.new_zeros(slots, buffer.shape[1], columns, buffer.shape[3])
-    grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
+    grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer[:slots]
     return grown
 
 

@@ -43,7 +43,7 @@ class Counters:
     """What drafting did for one request. `drafted`, `accepted`: tokens; the bonus token is neither. `verified`:
     positions at which a drafted token was judged, the first rejected one included, none after the end of the
     completion; `alpha_sum`: over them, sum_v min(p, q) as served, so that alpha = alpha_sum / verified. `rounds`:
-    target passes that this request took part in, its prompt's included."""
+    target passes that gave it a token, the last one over its prompt included."""
 
     drafted: int = 0
     accepted: int = 0
@@ -83,8 +83,8 @@ class Observed:
     hidden_TF: where any draft reads the target's hidden states, those of all layers of `Engine.taps` side by side in
         that order (a draft reads those of its own `taps`), at the columns that the pass has read for good, which are
         [start + n - 1 - T, start + n - 1). Column c holds what the target makes of the tokens [0, c], from which it
-        predicts index c + 1: the last n rows belong to the n indices. T is n, but in the pass that reads the prompt the
-        prompt's length: the pieces of a request follow each other without gap. A view too.
+        predicts index c + 1: the last n rows belong to the n indices. T is n, but for the first token the prompt's
+        length, however many passes have read it: the pieces of a request follow each other without gap. A view too.
     draft, version: who drafted; None and 0 where nobody did.
     """
 

@@ -98,13 +98,18 @@ class Sampling:
         """Tokens whose text holds any stop string: a token is at least a byte, but for a few marks."""
         return max((len(string.encode()) for string in self.stop_strings), default=0) + 8
 
-    def completes(self, tokenizer: Any, completions: Sequence[Sequence[int]]) -> list[bool]:
-        """Whether a stop string stands at the end of each completion, of which the last `tail` tokens suffice."""
+    def completes(self, tokenizer: Any, texts: Sequence[Sequence[int]], written: Sequence[int]) -> list[bool]:
+        """Whether a stop string stands in the last tokens of each text, of which `written` are the completion's: the
+        last `tail`, and the one before them suffice. That one is decoded too, for some tokenizers leave out the space
+        that a text begins with."""
         if not self.stop_strings:
-            return [False] * len(completions)
-        tails = [list(tokens[-self.tail :]) for tokens in completions]
-        texts = tokenizer.batch_decode(tails, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return [any(string in text for string in self.stop_strings) for text in texts]
+            return [False] * len(texts)
+        counts = [min(count, self.tail) for count in written]
+        ends = [list(text[-count - 1 :]) for text, count in zip(texts, counts, strict=True)]
+        firsts = [end[:-count] for end, count in zip(ends, counts, strict=True)]
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        pairs = zip(tokenizer.batch_decode(ends, **options), tokenizer.batch_decode(firsts, **options), strict=True)
+        return [any(string in end[len(first) :] for string in self.stop_strings) for end, first in pairs]
 
     def check(self, tokenizer: Any, vocabulary: int) -> None:
         """RolloutError for stop tokens outside the vocabulary, and for stop strings without a tokenizer."""

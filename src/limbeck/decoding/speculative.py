@@ -5,24 +5,25 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from limbeck.decoding.controller import Controller, Drafted, Fixed, Round
+from limbeck.decoding.clock import now
+from limbeck.decoding.controller import Controller, Drafted, Round
+from limbeck.decoding.drafting import drafted
 from limbeck.decoding.drafts import Block, Draft
 from limbeck.decoding.judge import Verdict, judge
 from limbeck.decoding.live import Live
 from limbeck.decoding.modes import evaluating
-from limbeck.decoding.reader import Reader
-from limbeck.decoding.records import Completion, check_prompt
+from limbeck.decoding.pieces import PIECE
+from limbeck.decoding.reader import Reader, check_rotation
+from limbeck.decoding.records import check_prompt
 from limbeck.decoding.requests import Event, FinishReason, Observation, Observed, Observer, Request
-from limbeck.decoding.sampler import Sampling
 from limbeck.errors import PreflightError, RolloutError
-
-_PREFILL_TOKENS = 4096  # prompt tokens, padding included, in one forward: those who are being served wait for it
 
 
 @dataclass
@@ -40,11 +41,12 @@ class Engine:
 
     target: a causal model of transformers, whose layers keep plain keys and values. tokenizer: for stop strings alone.
     drafts: by name; `controller` says which of them drafts and how much. max_batch: requests served at once, the others
-    wait. observer: is shown every pass of the target, inside `step`.
+    wait. context: tokens of a request at most, prompt and completion (None: what the target reads, which is the most):
+    keys and values take memory by it. observer: is shown every pass of the target that gives tokens, inside `step`.
 
     `add` and `cancel` may be called from other threads than the one that calls `step`. Raises RolloutError for a target
-    that it cannot run (see `Reader`), PreflightError for a draft of another vocabulary and for a controller's choice of
-    a draft that is not there.
+    that it cannot run (see `Reader`, `check_rotation`) and a context of less than 2 tokens, PreflightError for a draft
+    of another vocabulary and for a controller's choice of a draft that is not there.
     """
 
     def __init__(
@@ -55,15 +57,21 @@ class Engine:
         controller: Controller,
         *,
         max_batch: int,
+        context: int | None = None,
         observer: Observer | None = None,
     ) -> None:
+        check_rotation(target)
         self.reader = Reader(target)
+        if context is not None and context < 2:
+            raise RolloutError(f"context: expected 2 tokens or more, found {context}: name another")
+        self.reader.rows.bound(context)
+        self.context = self.reader.rows.most
         self.modules = tuple(self.reader.model.modules())
         self.vocabulary = self.reader.head.size
         self.tokenizer = tokenizer
         self.drafts = dict(drafts)
         for draft in self.drafts.values():
-            draft.bind(self.vocabulary)
+            draft.bind(self.vocabulary, self.context)
         self.taps = tuple(sorted({tap for draft in self.drafts.values() for tap in draft.taps}))
         self.own_taps = {name: [self.taps.index(tap) for tap in draft.taps] for name, draft in self.drafts.items()}
         unknown = [name for name in controller.names if name not in self.drafts]
@@ -76,6 +84,7 @@ class Engine:
         self.max_batch = max_batch
         self.observer = observer
         self.rows: list[Live] = []  # in the order of their slots, without gap
+        self.reading: deque[Live] = deque()  # those whose prompts are still read, by turns
         self.waiting: deque[Request] = deque()
         self.cancelled: deque[str] = deque()
         self.seconds = Seconds()
@@ -87,7 +96,7 @@ class Engine:
         """Takes a request in. RolloutError for one that cannot be served: no tokens, too many, others than the
         vocabulary's, more than one sample, a route without draft."""
         sampling = request.sampling
-        check_prompt(request.tokens, self.reader.limit, self.vocabulary)
+        check_prompt(request.tokens, self.context, self.vocabulary)
         sampling.check(self.tokenizer, self.vocabulary)
         if sampling.n != 1 or sampling.max_tokens < 1:
             raise RolloutError(
@@ -109,29 +118,33 @@ class Engine:
 
     def probe(self, widths: Sequence[int] = (1, 2, 4, 6, 8, 12, 16)) -> None:
         """Tells the controller what passes of the target cost. To be called before anything is served."""
-        limit = self.reader.limit
+        limit, device = self.context, self.reader.device
         with evaluating(self.modules):
             self.reader.read([0], [[0]], [0])
             for width in [width for width in widths if limit is None or width < limit]:
                 seconds: list[float] = []
                 for _ in range(2):
-                    start = perf_counter()
+                    start = now(device)
                     hidden_BQH, _ = self.reader.read([0], [[0] * width], [1])
                     self.reader.logits(hidden_BQH[0])
-                    seconds.append(perf_counter() - start)
+                    seconds.append(now(device) - start)
                 self.controller.probed(width, min(seconds))
             self.reader.rows.forget(0)
 
     # -- a round -----------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Event]:
-        """One round: waiting requests are read, each request that is served gets at least one token."""
+        """One round: a piece of the prompts of those who have joined is read, and each request whose prompt is read
+        gets at least one token."""
         start, timed = perf_counter(), self._timed()
         with evaluating(self.modules):
             events = self._drop_cancelled()
-            events += self._admit()
-            if self.rows:
-                events += self._round()
+            self._admit()
+            if self.reading:
+                events += self._read_prompts()
+            rows = [row for row in self.rows if not row.joining]
+            if rows:
+                events += self._round(rows)
         self.seconds.overhead += perf_counter() - start - (self._timed() - timed)
         return events
 
@@ -149,56 +162,86 @@ class Engine:
         events = [Event(request.id, [], [], "cancelled") for request in waiting if request.id in gone]
         for row in [row for row in self.rows if row.request.id in gone]:
             events.append(Event(row.request.id, [], [], "cancelled", row.counters))
+            if row.joining:
+                self.reading.remove(row)
+                self.reader.rows.forget(row.slot)  # whether there is NaN shows at its prompt's end alone
             self._leave(row)
         return events
 
-    def _admit(self) -> list[Event]:
-        """Reads the prompts of waiting requests, as many as there is room for, in their order."""
-        joining: list[Live] = []
-        longest = 0
-        while self.waiting and len(self.rows) + len(joining) < self.max_batch:
-            longest = max(longest, len(self.waiting[0].tokens))
-            if joining and longest * (len(joining) + 1) > _PREFILL_TOKENS:
-                break
+    def _admit(self) -> None:
+        """Waiting requests take the free slots, in their order."""
+        while self.waiting and len(self.rows) < self.max_batch:
             request = self.waiting.popleft()
-            length, limit = len(request.tokens), self.reader.limit
-            end = length + request.sampling.max_tokens
-            end = end if limit is None else min(end, limit)
-            joining.append(Live(request, end, len(self.rows) + len(joining)))
-        if not joining:
-            return []
-        for row in joining:
+            end = len(request.tokens) + request.sampling.max_tokens
+            row = Live(request, end if self.context is None else min(end, self.context), len(self.rows))
+            self.rows.append(row)
+            self.reading.append(row)
             for draft in self.drafts.values():
                 draft.open(row)
-        start = perf_counter()
-        texts = [row.tokens for row in joining]
-        hidden_BTH, tapped_BTF = self._read(joining, texts, [0] * len(joining))
-        last_BH = hidden_BTH[range(len(joining)), [len(text) - 1 for text in texts]]
-        logits_B1V = self.reader.logits(last_BH)[:, None]
-        self.seconds.prefill += perf_counter() - start
-        self.rows += joining
-        return self._settle(joining, [None] * len(joining), logits_B1V, [0] * len(joining), tapped_BTF)[0]
+        self.reader.rows.keep(len(self.rows))
 
-    def _round(self) -> list[Event]:
+    def _read_prompts(self) -> list[Event]:
+        """One pass over the next pieces of prompts, of as many as there is room for; a prompt that is not whole after
+        it waits for the others' turns. The first tokens of those that are."""
+        start = now(self.reader.device)
+        rows: list[Live] = []
+        width = 0
+        for row in self.reading:
+            longer = max(width, min(row.prompt - row.read, PIECE))
+            if rows and longer * (len(rows) + 1) > PIECE:
+                break
+            rows, width = [*rows, row], longer
+        starts = [row.read for row in rows]
+        texts = [row.tokens[row.read : min(row.read + width, row.prompt)] for row in rows]
+        hidden_BTH, tapped_BTF = self._read(rows, texts, starts)
+        for row, text in zip(rows, texts, strict=True):
+            self.reading.popleft()
+            row.read += len(text)
+        whole = [place for place, row in enumerate(rows) if not row.joining]
+        for place, row in enumerate(rows):
+            if row.joining:
+                self.reading.append(row)
+                self._settle_piece(row, None if tapped_BTF is None else tapped_BTF[place, : len(texts[place])])
+        if not whole:
+            self.seconds.prefill += now(self.reader.device) - start
+            return []
+        logits_BV = self.reader.logits(hidden_BTH[whole, [len(texts[place]) - 1 for place in whole]])
+        self.seconds.prefill += now(self.reader.device) - start
+        ready, begun = [rows[place] for place in whole], [starts[place] for place in whole]
+        tapped_BTF = tapped_BTF if tapped_BTF is None or len(whole) == len(rows) else tapped_BTF[whole]
+        return self._settle(ready, [None] * len(ready), logits_BV[:, None], begun, tapped_BTF)[0]
+
+    def _settle_piece(self, row: Live, hidden_TF: Tensor | None) -> None:
+        """What there is to keep of a piece of a prompt that is not whole yet."""
+        if hidden_TF is not None:
+            if self.observer is not None and row.request.train:
+                row.tapped.append(hidden_TF.clone())
+            for name, draft in self.drafts.items():
+                draft.settle(row, row.read, self.tapped_by(name, hidden_TF))
+
+    def _round(self, rows: list[Live]) -> list[Event]:
         begin = perf_counter()
-        rows = list(self.rows)
-        blocks, costs, steps = self._propose(rows)
+        drafting = drafted(rows, self.drafts, self.controller)
+        self.seconds.draft += sum(drafting.seconds.values())
+        blocks = drafting.blocks
         texts = [[row.tokens[-1], *(block.tokens if block else ())] for row, block in zip(rows, blocks, strict=True)]
-        start = perf_counter()
+        start = now(self.reader.device)
         starts = [len(row.tokens) - 1 for row in rows]
         hidden_BQH, tapped_BQF = self._read(rows, texts, starts)
         logits_BQV = self.reader.logits(hidden_BQH.flatten(0, 1)).unflatten(0, hidden_BQH.shape[:2])
-        verify_s = perf_counter() - start
+        verify_s = now(self.reader.device) - start
         self.seconds.verify += verify_s
         events, verdicts = self._settle(rows, blocks, logits_BQV, starts, tapped_BQF)
         seen: list[Drafted] = []
         for row, block, verdict in zip(rows, blocks, verdicts, strict=True):
             if block is not None:
                 kept = [place < verdict.accepted for place in range(len(verdict.alpha))]
-                seen.append(Drafted(row, block.name, block.confidence[: len(kept)], kept))
-        tokens = sum(len(event.tokens) for event in events)
-        seconds = perf_counter() - begin
-        self.controller.record(Round(len(rows), logits_BQV.shape[1], tokens, seconds, verify_s, costs, steps, seen))
+                version = self.drafts[block.name].version
+                seen.append(Drafted(row, block.name, block.confidence[: len(kept)], kept, version))
+        ended = [len(row.tokens) - row.prompt for row, event in zip(rows, events, strict=True) if event.finish_reason]
+        width, tokens = logits_BQV.shape[1], sum(len(event.tokens) for event in events)
+        costs = drafting.seconds, drafting.step_seconds, seen, drafting.read, ended
+        self.controller.record(Round(len(rows), width, tokens, perf_counter() - begin, verify_s, *costs))
         return events
 
     def _read(
@@ -206,39 +249,7 @@ class Engine:
     ) -> tuple[Tensor, Tensor | None]:
         """A pass of the target."""
         self.target_passes += 1
-        for row in rows:
-            row.counters.rounds += 1
         return self.reader.read([row.slot for row in rows], texts, starts, self.taps)
-
-    def _propose(self, rows: list[Live]) -> tuple[list[Block | None], dict[str, float], dict[str, float]]:
-        """(what each row is given, by draft its seconds, and those of one more step of it)."""
-        choices = self.controller.plan(rows)
-        blocks: list[Block | None] = [None] * len(rows)
-        costs: dict[str, float] = {}
-        steps: dict[str, float] = {}
-        groups: dict[str, list[int]] = {}
-        for place, (row, choice) in enumerate(zip(rows, choices, strict=True)):
-            name = choice.draft
-            if name is not None and choice.gamma > 0 and row.left > 1 and not (row.alone or self.drafts[name].benched):
-                groups.setdefault(name, []).append(place)
-        for name, places in groups.items():
-            start = perf_counter()
-            draft, group = self.drafts[name], [rows[place] for place in places]
-            most = [min(choices[place].gamma, rows[place].left - 1) for place in places]
-            proposal = draft.propose(
-                group, most, lambda confidence, name=name, group=group: self.controller.go_on(name, group, confidence)
-            )
-            if proposal.finite:
-                for line, place in enumerate(places):
-                    if proposal.tokens[line]:
-                        blocks[place] = Block(name, proposal, line)
-            else:
-                draft.benched = True
-            costs[name] = perf_counter() - start
-            if proposal.step_seconds is not None:
-                steps[name] = proposal.step_seconds
-            self.seconds.draft += costs[name]
-        return blocks, costs, steps
 
     # -- what comes of a pass ----------------------------------------------------------------------------------------
 
@@ -255,6 +266,8 @@ class Engine:
         verdicts = judge(rows, logits_BQV, blocks, want_raw=watched)
         events: list[Event] = []
         observed: list[Observed] = []
+        for row in rows:
+            row.counters.rounds += 1
         for place, (row, verdict, block) in enumerate(zip(rows, verdicts, blocks, strict=True)):
             before = len(row.tokens)
             if verdict.error is not None and not verdict.finite and block is not None:
@@ -269,6 +282,7 @@ class Engine:
                 hidden_TF = tapped_BQF[place, : before - starts[place] + kept - 1]
             if watched and row.request.train and kept:
                 observed.append(self._observed(row, verdict, block, before, logits_BQV[place, :kept], hidden_TF))
+                row.tapped.clear()
             if event.finish_reason is None:
                 for name, draft in self.drafts.items():
                     draft.settle(row, before + min(verdict.accepted, kept), self.tapped_by(name, hidden_TF))
@@ -306,6 +320,8 @@ class Engine:
         hidden_TF: Tensor | None,
     ) -> Observed:
         judged = min(len(verdict.alpha), len(logits_nV))
+        if hidden_TF is not None and row.tapped:
+            hidden_TF = torch.cat([*row.tapped, hidden_TF])
         return Observed(
             row.request,
             row.tokens,
@@ -332,10 +348,11 @@ class Engine:
     def _written(self, row: Live, verdict: Verdict) -> tuple[int, FinishReason | None]:
         """(how many of the verdict's tokens the completion takes, why it ends with them or None)."""
         sampling, tokens = row.request.sampling, verdict.tokens
-        written = row.tokens[row.prompt :][-sampling.tail :] if sampling.stop_strings else []
+        before = len(row.tokens) - row.prompt
+        text = row.tokens[-sampling.tail - 1 :] if sampling.stop_strings else []
         for place, token in enumerate(tokens):
-            written.append(token)
-            if token in sampling.stop_tokens or sampling.completes(self.tokenizer, [written])[0]:
+            text.append(token)
+            if token in sampling.stop_tokens or sampling.completes(self.tokenizer, [text], [before + place + 1])[0]:
                 return place + 1, "stop"
             if place + 1 == row.left:
                 return place + 1, "length"
@@ -344,51 +361,15 @@ class Engine:
     def _leave(self, row: Live) -> None:
         """The last row takes the slot."""
         mover = self.rows.pop()
+        self.reader.rows.keep(len(self.rows))
         for draft in self.drafts.values():
             draft.close(row)
         if mover is row:
             return
         self.reader.rows.copy_row(mover.slot, row.slot)
+        if mover.joining:
+            self.reader.rows.forget(mover.slot)
         for draft in self.drafts.values():
             draft.move(mover.slot, row.slot)
         self.rows[row.slot] = mover
         mover.slot = row.slot
-
-
-def speculate(
-    target: Any,
-    draft: Draft | None,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    *,
-    gamma: int = 5,
-    max_batch: int = 16,
-    tokenizer: Any = None,
-    observer: Observer | None = None,
-    streams: Sequence[tuple[int, ...]] | None = None,
-) -> list[Completion]:
-    """`sampling.n` completions a prompt, prompt-major as `generate` gives them: the same tokens, where greedy or
-    without a draft. Raises RolloutError as `Engine.add` does, and for NaN."""
-    drafts = {} if draft is None else {"draft": draft}
-    engine = Engine(
-        target, tokenizer, drafts, Fixed("draft" if draft else None, gamma), max_batch=max_batch, observer=observer
-    )
-    one = replace(sampling, n=1)
-    count = 0
-    for index, prompt in enumerate(prompts):
-        for sample in range(sampling.n):
-            stream = (index,) if streams is None else streams[index]
-            engine.add(Request(str(count), tuple(prompt), one, stream, sample))
-            count += 1
-    tokens: list[list[int]] = [[] for _ in range(count)]
-    logprobs: list[list[float]] = [[] for _ in range(count)]
-    reasons: list[Any] = [None] * count
-    while engine.busy:
-        for event in engine.step():
-            place = int(event.id)
-            if event.error is not None:
-                raise RolloutError(f"prompt {place // sampling.n}: {event.error}")
-            tokens[place] += event.tokens
-            logprobs[place] += event.logprobs
-            reasons[place] = event.finish_reason
-    return [Completion(*written) for written in zip(tokens, logprobs, reasons, strict=True)]

@@ -226,9 +226,9 @@ class _Writer:
             if hit_B.any():
                 stopped.update(hit_B.nonzero()[:, 0].tolist())
         if self.sampling.stop_strings:
-            newest = self.tokens_ST[:active, max(0, column + 1 - self.sampling.tail) : column + 1].tolist()
-            tails = [tokens[-(self.column + 1 - row.start) :] for tokens, row in zip(newest, self.batch, strict=True)]
-            completed = self.sampling.completes(self.tokenizer, tails)
+            newest = self.tokens_ST[:active, max(0, column - self.sampling.tail) : column + 1].tolist()
+            written = [self.column + 1 - row.start for row in self.batch]
+            completed = self.sampling.completes(self.tokenizer, newest, written)
             stopped.update(slot for slot, ended in enumerate(completed) if ended)
         return stopped
 

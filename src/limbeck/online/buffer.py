@@ -83,12 +83,12 @@ class Buffer:
 
     positions: `rejected` keeps, of each pass, the index whose drafted token was rejected (where nothing was drafted:
     the one that was written); `all` keeps every verified one. Requests with `keep_all` keep all of theirs, for gate and
-    stop by a counted coin; when newer ones have taken their place there (`held_out` of each), they are trained on.
+    stop in turn; when newer ones have taken their place there (`held_out` of each), they are trained on.
     top: how many tokens of a distribution; None: the fewest of 8, 16, ..., 256 whose tail is at most `error` in the
     mean over the first positions, which is how far the mean acceptance measured here can be off.
     most_bytes, seconds: bounds; the oldest go first. taps: whether the draft reads the target's hidden states: they are
     kept, and no position before index 2, where it drafts nothing.
-    replay: how many traces of any earlier time are kept beside the newest (a uniform sample: Vitter's algorithm R).
+    replay: how many traces that are trained on are kept beside the newest (a uniform sample: Vitter's algorithm R).
 
     `observe` and `close` are called from one thread, the rest from any.
     """
@@ -101,7 +101,7 @@ class Buffer:
         error: float = 0.01,
         most_bytes: int = 256 << 20,
         seconds: float = 3600.0,
-        held_out: int = 64,
+        held_out: int = 24,
         replay: int = 0,
         taps: bool = False,
         seed: int = 0,
@@ -115,8 +115,9 @@ class Buffer:
         self.traces: deque[Trace] = deque()
         self.held: dict[Role, deque[Trace]] = {"stop": deque(), "gate": deque()}
         self.past: list[Trace] = []
-        self.new = 0  # positions to train on since the last `taken`
-        self.count = self.offered = 0
+        self.new = 0  # positions to train on since the last `take`
+        self._fresh = 0  # and their traces
+        self.count = self.apart_count = self.offered = 0
         self.tail_sum, self.seen = 0.0, 0
         self._tails = [0.0] * len(_CHOICES)
         self._growing: OrderedDict[str, _Growing] = OrderedDict()
@@ -143,14 +144,12 @@ class Buffer:
             growing.pieces.append(piece)
             growing.positions += [row.start + place for place in places]
             growing.bytes += sum(array.nbytes for array in piece) + 4 * len(places)
-            if growing.role == "train":
-                self.new += len(places)
 
     def _begin(self, row: Observed) -> _Growing:
         role: Role = "train"
         if row.request.keep_all:
-            role = "gate" if coin(self.seed, "role", self.count) < 0.5 else "stop"
-            self.count += 1
+            role = "stop" if self.apart_count % 2 else "gate"
+            self.apart_count += 1
         growing = self._growing[row.request.id] = _Growing(row.tokens, role, row.request.keep_all, self.now())
         return growing
 
@@ -195,7 +194,7 @@ class Buffer:
             growing = self._growing.pop(id, None)
             if growing is not None and growing.positions:
                 self._file(self._trace(id, growing))
-            self._bound()
+            self._shrink()
 
     def _trace(self, id: str, growing: _Growing) -> Trace:
         last = growing.positions[-1]
@@ -210,18 +209,18 @@ class Buffer:
     def _file(self, trace: Trace) -> None:
         self._bytes += trace.bytes
         if trace.role == "train":
-            self.traces.append(trace)
+            self._release(trace)
             return
         held = self.held[trace.role]
         held.append(trace)
         if len(held) > self.held_out:
-            self._release(held.popleft())
+            self._release(replace(held.popleft(), role="train"))
 
     def _release(self, trace: Trace) -> None:
-        """A held-out trace is trained on from now on, and may be remembered for replay."""
-        trace = replace(trace, role="train")
+        """It is trained on from now on, and may be remembered for replay."""
         self.traces.append(trace)
         self.new += trace.size
+        self._fresh += 1
         self.offered += 1
         if len(self.past) < self.replay:
             self.past.append(trace)
@@ -251,6 +250,9 @@ class Buffer:
         for growing in self._growing.values():
             if growing.born + self.seconds <= now:
                 _drop(growing)
+        self._shrink()
+
+    def _shrink(self) -> None:
         while self.bytes > self.most_bytes:
             pool = next((pool for pool in self._pools() if pool), None)
             if pool is not None:
@@ -268,26 +270,30 @@ class Buffer:
     # -- what is there -----------------------------------------------------------------------------------------------
 
     def take(self, positions: int) -> Lot:
-        """The newest traces with about so many positions to train on, the held-out ones, and those to replay. They stay
-        in the buffer, but count as seen."""
+        """The traces to train on that no lot before this had, or where there are none, all; the held-out ones; and to
+        replay, older ones with about so many positions, the newest, and those remembered. They stay in the buffer."""
         with self._lock:
             self._bound()
-            train: list[Trace] = []
-            for trace in reversed(self.traces):
+            traces = list(self.traces)
+            place = len(traces) - min(self._fresh or len(traces), len(traces))
+            older: dict[int, Trace] = {}
+            for trace in reversed(traces[:place]):
                 if positions <= 0:
                     break
-                train.append(trace)
+                older[trace.number] = trace
                 positions -= trace.size
-            numbers = {trace.number for trace in train}
-            replay = [trace for trace in self.past if trace.number not in numbers]
-            self.new = 0
-            return Lot(train[::-1], list(self.held["stop"]), list(self.held["gate"]), replay)
+            fresh = {trace.number for trace in traces[place:]}
+            older |= {trace.number: trace for trace in self.past if trace.number not in fresh}
+            self.new = self._fresh = 0
+            return Lot(traces[place:], list(self.held["stop"]), list(self.held["gate"]), list(older.values()))
 
-    def apart(self, role: Role) -> list[Trace]:
-        """The traces held out for this, oldest first."""
+    def whole_since(self, number: int) -> list[Trace]:
+        """The traces behind this number that hold all the verified positions of their requests, oldest first."""
         with self._lock:
             self._bound()
-            return list(self.held[role])
+            pools = [self.held["stop"], self.held["gate"], *([self.traces] if self.keeps == "all" else [])]
+            found = [trace for pool in pools for trace in pool if trace.number > number]
+        return sorted(found, key=lambda trace: trace.number)
 
     @property
     def bytes(self) -> int:
@@ -309,7 +315,7 @@ class Buffer:
 
 @dataclass(frozen=True, eq=False)
 class Lot:
-    """What one update is made of."""
+    """What one update is made of: see `Buffer.take`."""
 
     train: list[Trace]
     stop: list[Trace]

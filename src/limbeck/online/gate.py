@@ -74,7 +74,7 @@ class Gate:
         return bet.trials
 
     def judge(self, serving: Sequence[float], new: Sequence[float]) -> Verdict:
-        """serving[r], new[r]: acceptance of the two on request r, in the order of time."""
+        """serving[r], new[r]: acceptance of the two on request r, in any order that does not look at them."""
         better, worse = Bet(), Bet()
         differences = [b - a for a, b in zip(serving, new, strict=True)]
         for difference in differences:
@@ -93,11 +93,12 @@ class Gate:
 class Watch:
     """Live acceptance after a swap against that before it: it must not fall, at once or later.
 
-    The reference are the last `window` requests before the swap. After it, a request below their lower quartile counts
-    as an event: had nothing changed, one in four would be. `chance` .4 leaves room for the reference being a sample (64
-    requests put more than .4 below their own quartile with a probability under .01). As a fall may come at any time,
-    the wealth is spread evenly over bets that begin `every` requests apart: it is a supermartingale still. The alarm is
-    false with a probability of at most `error` beside that, in the first `most` requests after a swap.
+    The reference are the last `window` requests before the swap, or where there was none for long, of those before.
+    After it, a request below their lower quartile counts as an event: had nothing changed, one in four would be.
+    `chance` .4 leaves room for the reference being a sample (64 requests put more than .4 below their own quartile with
+    a probability under .01). As a fall may come at any time, the wealth is spread evenly over bets that begin `every`
+    requests apart: it is a supermartingale still. The alarm is false with a probability of at most `error` beside that,
+    in `most` requests; then a new reference is taken.
     """
 
     error: float = 0.01
@@ -116,28 +117,28 @@ class Watch:
         self.recent.append(alpha)
         if len(self.recent) > self.window:
             self.recent.popleft()
-        if self.floor is None:
+        if self.floor is None or self.trials >= self.most:
+            if len(self.recent) == self.window:
+                self.swapped()
             return False
         if self.trials % self.every == 0:
             self.bets.append(Bet(self.chance))
         self.trials += 1
         for bet in self.bets:
             bet.add(alpha < self.floor)
-        if self.trials >= self.most:
-            self.floor = None
-            return False
         shares = -(-self.most // self.every)
         wealth = (sum(bet.wealth for bet in self.bets) + shares - len(self.bets)) / shares
         return wealth >= 1 / self.error
 
     def swapped(self) -> None:
-        """A new version serves from now on: those before it are the reference."""
+        """A new version serves from now on: those before it are the reference, or where they are few, the last one."""
         ranked = sorted(self.recent)
-        self.floor = ranked[len(ranked) // 4] if len(ranked) >= self.least else None
-        self.bets, self.trials = [], 0
-        self.recent.clear()
+        self._begin(ranked[len(ranked) // 4] if len(ranked) >= self.least else self.floor)
 
     def rest(self) -> None:
-        """Nothing is watched until the next swap."""
-        self.floor = None
+        """Nothing is watched until `window` more requests are a reference."""
+        self._begin(None)
+
+    def _begin(self, floor: float | None) -> None:
+        self.floor, self.bets, self.trials = floor, [], 0
         self.recent.clear()

@@ -98,18 +98,21 @@ def model_learner(
 
 @dataclass(frozen=True)
 class Training:
-    """How a draft is trained. objective: `blend`, or a divergence. `batch_tokens` of context in one optimiser step;
-    `epochs` at most over the traces; acceptance on the traces held out for it is measured `measures` times an epoch,
-    and `patience` measures without a new best end it. `replay`: share of the batches that are of earlier traces."""
+    """How a draft is trained. objective: `blend`, or a divergence. An optimiser step is of `batch_tokens` of context at
+    most, an epoch of `least_steps` at least; `epochs` at most over the traces; acceptance on the traces held out for it
+    is measured `measures` times an epoch, and `patience` measures without a new best end it. `replay`: share of the
+    batches that are of earlier traces. So an update takes 1 / (1 - replay) x `epochs` passes for each new position,
+    however many are kept."""
 
     objective: str = "blend"
     learning_rate: float = 1e-3
     batch_tokens: int = 2048
+    least_steps: int = 8
     epochs: int = 4
     measures: int = 2
     patience: int = 4
     clip: float = 1.0
-    replay: float = 0.0
+    replay: float = 0.5
 
     def __post_init__(self) -> None:
         find_objective(self.objective)
@@ -211,9 +214,8 @@ def mean_acceptance(found: Mapping[int, tuple[float, int]]) -> float | None:
 
 
 def optimiser_of(learner: Learner, training: Training) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        list(learner.trained().values()), lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    weights = list(learner.trained().values())
+    return torch.optim.AdamW(weights, lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def fit(
@@ -229,10 +231,9 @@ def fit(
     measured: Measured = lambda steps, loss, alpha: None,
 ) -> Fitted:
     """Trains on `train` and leaves the learner with the weights that accept the most on `stop`, those from before
-    included. Without `stop` traces it is one epoch. With a NaN, the weights are those from before."""
-    before_state = snapshot(learner)
+    included. Without `stop` traces it is one epoch. A NaN ends it."""
     best = before = mean_acceptance(acceptances(learner, stop, training.batch_tokens, breathe))
-    best_state, waited, steps, positions = before_state, 0, 0, 0
+    best_state, waited, steps, positions = snapshot(learner), 0, 0, 0
     losses: list[float] = []
     epochs = training.epochs if stop else 1
     for made in _order(train, replay, training, epochs, generator):
@@ -240,8 +241,8 @@ def fit(
             breathe()
             loss = _step(learner, optimiser, made, training)
             if loss is None:
-                restore(learner, before_state)
-                return Fitted(before, before, steps, positions, finite=False)
+                restore(learner, best_state)
+                return Fitted(before, best, steps, positions, finite=False)
             losses.append(loss)
             steps += 1
             positions += len(made.index_N)
@@ -264,7 +265,10 @@ def _order(
     train: Sequence[Trace], replay: Sequence[Trace], training: Training, epochs: int, generator: torch.Generator
 ) -> Iterator[Batch | None]:
     """Batches in random order, and None where acceptance is to be measured."""
-    fresh, earlier = batches(train, training.batch_tokens), batches(replay, training.batch_tokens)
+    most = training.batch_tokens
+    if training.least_steps:
+        most = min(most, -(-sum(len(trace.tokens) for trace in train) // training.least_steps))
+    fresh, earlier = batches(train, most), batches(replay, most)
     every = max(1, -(-len(fresh) // training.measures))
     for _ in range(epochs):
         for count, place in enumerate(torch.randperm(len(fresh), generator=generator).tolist(), 1):

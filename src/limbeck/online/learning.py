@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from limbeck.decoding.drafts import Draft
 from limbeck.decoding.requests import Observed, Request
 from limbeck.errors import CheckpointError, LimbeckError, RecipeError
-from limbeck.online.buffer import Buffer, Lot
+from limbeck.online.buffer import Buffer, Lot, Trace
 from limbeck.online.gate import Gate, Watch
 from limbeck.online.learner import Training
 from limbeck.online.updater import Build, Job, Result, Updater, UpdaterLost
 from limbeck.online.versions import Versions
+from limbeck.online.vocabulary import reranked
 
 LOG = logging.getLogger(__name__)
 Post = Callable[[Callable[[], None]], None]
@@ -25,10 +28,18 @@ Mark = Callable[[str, int], None]
 
 _LOOK = 0.1  # s between two looks at the buffer
 _EXPIRE = 1.0  # s
-_LEAST_VERIFIED = 8  # positions of a request by one version, from which on its acceptance counts
+_LEAST_PROPOSALS = 8  # of a request, from which on its acceptance counts
 _LEAST_POSITIONS = 32  # for an update that time alone calls for
 _MOST_BACKOFF = 32
 _MOST_WAIT = 60.0  # s, at most, until a process that keeps dying is started again
+
+
+class Taught(Draft, Protocol):
+    """A draft that can learn."""
+
+    def restrict(self, ids_D: Tensor | None) -> None:
+        """From the next round on these tokens alone are drafted, beside those of a request itself (None: all)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,18 +47,25 @@ class Pace:
     """When an update begins and how much of the time it may take.
 
     It begins with `update_size` new positions, or `update_seconds` after the last, once the gate holds as many requests
-    as can decide. Each verdict but `better` doubles size and seconds, to 32 times at most, and halves the share, unless
-    the draft is cold. `share` is training's most part of the time in which requests are served. While the draft is cold
-    there is no such bound: until an update gains less than `cold_gain` of acceptance, and again after one that gains as
-    much. `window`: times `update_size`, the newest positions that an update trains on. `threads`: of its process.
+    as can decide. An update that gains less than `least_gain` of acceptance doubles size and seconds, to 32 times at
+    most, and halves the share, unless the draft is cold; one that gains more, and traffic that changes, undo that.
+    `share` of a core is what training takes at most while requests are served. While the draft is cold, there is no
+    such bound, and the first updates begin with a quarter and a half of the size: that is until one gains less than
+    `least_gain`, or acceptance is above `cold`. `window`: times `update_size`, the older positions that an update may
+    replay. `threads`: of its process.
     """
 
     update_size: int = 4096
     update_seconds: float = 300.0
     window: float = 16.0
     share: float = 0.1
-    cold_gain: float = 0.01
+    least_gain: float = 0.01
+    cold: float = 0.5
     threads: int = 1
+
+    def size(self, *, cold: bool, updates: int, backoff: int) -> float:
+        """New positions that the next update waits for."""
+        return self.update_size * (min(1.0, 2**updates / 4) if cold else backoff)
 
 
 @dataclass
@@ -60,6 +78,7 @@ class Tally:
     refusals: int = 0
     undecided: int = 0
     rollbacks: int = 0
+    reranks: int = 0
     failures: int = 0
     last_error: str | None = None
     last_gain: float | None = None
@@ -68,18 +87,12 @@ class Tally:
 
 @dataclass
 class _Seen:
-    """What a version has drafted of one request, as the target has judged it: sums of alpha_raw over positions."""
+    """How a request was drafted that began with this version: alpha_raw of the first token of each proposal, since a
+    better draft proposes further, where it is less sure."""
 
-    version: int = 0
+    version: int
     alpha_sum: float = 0.0
-    verified: int = 0
-
-    def add(self, version: int, alpha_raw: Sequence[float]) -> None:
-        """Of another version than before: that one's no longer counts."""
-        if version != self.version:
-            self.version, self.alpha_sum, self.verified = version, 0.0, 0
-        self.alpha_sum += sum(alpha_raw)
-        self.verified += len(alpha_raw)
+    proposals: int = 0
 
 
 @dataclass(eq=False)
@@ -92,7 +105,7 @@ class Learning:
     RecipeError for a buffer that holds out fewer requests than the gate can decide on.
     """
 
-    draft: Draft
+    draft: Taught
     build: Build
     folder: str | Path
     buffer: Buffer
@@ -117,10 +130,12 @@ class Learning:
         self.cold = True
         self.backoff = 1
         self.broken = False  # by an error in the engine's thread: it learns no more
-        self._asked = self._doubt = False
+        self._asked: int | None = None  # the version to be taken back
+        self._doubt = False  # whether acceptance has fallen by the one that serves
         self._forced = self._paused = self._ended = False
         self._again: float | None = None  # when an update that was lost with its process is tried again
         self._lost = 0
+        self._prepared = 0.0  # s
         self._swapped_at = 0  # traces known when this version began to serve
         self._seen: dict[str, _Seen] = {}
         self._last = time.monotonic()
@@ -174,19 +189,25 @@ class Learning:
             self._failed(error)
 
     def _observe(self, row: Observed, own: bool) -> None:
-        if own and row.version == self.serving:
-            seen = self._seen.setdefault(row.request.id, _Seen())
-            seen.add(row.version, row.alpha_raw)
+        if own and row.alpha_raw:
+            seen = self._seen.setdefault(row.request.id, _Seen(row.version))
+            seen.alpha_sum += row.alpha_raw[0]
+            seen.proposals += 1
         self.buffer.observe(row)
 
     def _close(self, request: Request) -> None:
         self.buffer.close(request.id)
         seen = self._seen.pop(request.id, None)
-        if seen is None or seen.version != self.serving or seen.verified < _LEAST_VERIFIED:
+        if seen is None or seen.version != self.serving or seen.proposals < _LEAST_PROPOSALS:
             return
-        if self.watch.add(seen.alpha_sum / seen.verified):
+        if self.watch.add(seen.alpha_sum / seen.proposals):
             self.watch.rest()
             self._doubt = True
+
+    @property
+    def hungry(self) -> bool:
+        """Whether the gate holds too few requests for a verdict."""
+        return len(self.buffer.held["gate"]) < self.gate.least
 
     def tell(self, *, busy: bool) -> None:
         self.updater.set_busy(busy)
@@ -194,10 +215,13 @@ class Learning:
     # -- controls, from any thread -------------------------------------------------------------------------------------
 
     def pause(self) -> None:
+        """No update begins, and one that runs stands still."""
         self._paused = True
+        self.updater.set_held(True)
 
     def resume(self) -> None:
         self._paused = False
+        self.updater.set_held(False)
 
     def force(self) -> None:
         self._forced = True
@@ -208,11 +232,14 @@ class Learning:
         return self.versions.before(self.serving)
 
     def ask_roll_back(self) -> None:
-        self._asked = True
+        """Back to `previous`, after the update that runs, paused or not."""
+        self._asked = self.serving
+        self.updater.set_held(False)
 
     @property
     def training_s(self) -> float:
-        return self.updater.worked
+        """Seconds of a core: of the updater, and of what puts its versions in place."""
+        return self.updater.worked + self._prepared
 
     def numbers(self) -> dict[str, Any]:
         """What is counted here, for the snapshot."""
@@ -227,6 +254,7 @@ class Learning:
     # -- the thread that waits for the updater -------------------------------------------------------------------------
 
     def _run(self) -> None:
+        self._carefully(self.updater.ready)  # to load takes as long as some updates
         expired = 0.0
         while not self._ended:
             time.sleep(_LOOK)
@@ -235,20 +263,23 @@ class Learning:
                 expired = time.monotonic()
             if self.broken:
                 continue
-            try:
-                if self._asked or self._doubt:
-                    with self._turn:
-                        self._look_back()
-                elif self._due():
-                    with self._turn:
-                        self._update()
-            except UpdaterLost as error:
-                if not self._ended:
-                    self._failed(error)
-                    self._lost += 1
-                    self._again = time.monotonic() + min(2.0**self._lost, _MOST_WAIT) - 2
-            except Exception as error:
+            if self._asked is not None or self._judgeable():
+                self._carefully(self._look_back)
+            elif self._due():
+                self._carefully(self._update)
+
+    def _carefully(self, action: Callable[[], None]) -> None:
+        """Whatever fails, serving goes on; one of those who share the turn acts at a time."""
+        try:
+            with self._turn:
+                action()
+        except UpdaterLost as error:
+            if not self._ended:
                 self._failed(error)
+                self._lost += 1
+                self._again = time.monotonic() + min(2.0**self._lost, _MOST_WAIT) - 2
+        except Exception as error:
+            self._failed(error)
 
     def _failed(self, error: Exception) -> None:
         """A LimbeckError says what there is to say; of another, where it comes from is worth the lines."""
@@ -265,9 +296,9 @@ class Learning:
         new = self.buffer.new
         if self._forced:
             return True
-        if len(self.buffer.held["gate"]) < self.gate.least:  # no verdict could come of it
+        if self.hungry:  # no verdict could come of it
             return False
-        if new >= self.pace.update_size * self.backoff:
+        if new >= self.pace.size(cold=self.cold, updates=self.tally.updates, backoff=self.backoff):
             return True
         waited = time.monotonic() - self._last
         return waited >= self.pace.update_seconds * self.backoff and new >= _LEAST_POSITIONS
@@ -284,6 +315,7 @@ class Learning:
         lot = self.buffer.take(round(self.pace.update_size * self.pace.window))
         if not lot.train:
             return
+        self._rerank(lot)
         self.updater.set_share(self._share())
         try:
             result = self.updater.run(self._job(lot))
@@ -309,18 +341,20 @@ class Learning:
         tally.updates += 1
         tally.known_mass, tally.last_gain = result.known, verdict.gain
         self._mark("update", self.serving)
-        if verdict.kind == "better":
-            self.backoff = 1
-            self.cold = verdict.gain >= self.pace.cold_gain
-            return
         if verdict.requests < self.gate.least:  # forced too soon: nothing is known
             tally.undecided += 1
             return
         # While it gains where it stops, an undecided gate does not end the haste.
-        gain = verdict.gain if result.before is None or result.after is None else result.after - result.before
-        self.cold = self.cold and gain >= self.pace.cold_gain
-        if not self.cold:
+        gain, level = verdict.gain, 0.0
+        if result.before is not None and result.after is not None:
+            gain, level = max(gain, result.after - result.before), result.after
+        self.cold = gain >= self.pace.least_gain and level < self.pace.cold
+        if gain >= self.pace.least_gain:
+            self.backoff = 1
+        else:
             self.backoff = min(2 * self.backoff, _MOST_BACKOFF)
+        if verdict.kind == "better":
+            return
         if verdict.kind == "worse":
             tally.refusals += 1
             self._mark("refusal", self.serving)
@@ -328,16 +362,27 @@ class Learning:
             tally.undecided += 1
 
     def _put(self, number: int, then: Callable[[], None]) -> bool:
-        """Has the engine's thread put a version in place, and waits for it. False: the service has ended before."""
+        """Has a version put in place. False: the service has ended before."""
+        start = time.thread_time()
+        install = self.draft.prepare(self.versions.weights(number), number)
+        self._prepared += time.thread_time() - start
+
+        def put() -> None:
+            install()
+            self.serving, self._swapped_at = number, self.buffer.count
+            self._doubt = False
+            then()
+
+        return self._between(put)
+
+    def _between(self, action: Callable[[], None]) -> bool:
+        """Has the engine's thread do this between two rounds, and waits for it. False: the service has ended before."""
         done = threading.Event()
         failed: list[Exception] = []
-        install = self.draft.prepare(self.versions.weights(number), number)
 
         def between() -> None:
             try:
-                install()
-                self.serving, self._swapped_at = number, self.buffer.count
-                then()
+                action()
             except Exception as error:
                 failed.append(error)
             done.set()
@@ -350,15 +395,36 @@ class Learning:
             raise failed[0]
         return True
 
-    def _look_back(self) -> None:
-        """Rolls back when it was asked for; and when live acceptance has fallen, unless the version before is no better
-        on the held-out requests since: then the traffic has changed, not the draft."""
-        asked = self._asked
-        self._asked = self._doubt = False
-        previous = self.previous
-        if previous is None:
+    def _rerank(self, lot: Lot) -> None:
+        """A reduced head follows the traffic."""
+        ids_D = self.draft.ids_D
+        if ids_D is None:
             return
-        if not asked and self._traffic_changed(previous):
+        new_D = reranked(ids_D.cpu(), [*lot.train, *lot.stop, *lot.gate, *lot.replay])
+        if new_D is not None and self._between(lambda: self.draft.restrict(new_D.to(ids_D.device))):
+            self.tally.reranks += 1
+
+    def _judgeable(self) -> bool:
+        """Whether acceptance has fallen, and enough was served since the last swap to say why."""
+        return self._doubt and len(self._since_swap()) >= self.gate.least
+
+    def _since_swap(self) -> list[Trace]:
+        """What neither the version that serves nor the one before it has learnt from."""
+        return self.buffer.whole_since(self._swapped_at)[-self.buffer.held_out :]
+
+    def _look_back(self) -> None:
+        """Rolls back when it was asked for; and when live acceptance has fallen, unless the version before is not shown
+        to be better on the requests since: then the traffic has changed, not the draft, and there is much to learn."""
+        asked, self._asked = self._asked == self.serving, None
+        doubted, self._doubt = self._doubt, False
+        self.updater.set_held(self._paused)
+        previous = self.previous
+        if not asked and not doubted:  # the version that was meant serves no more
+            return
+        if not asked and (previous is None or self._traffic_changed(previous)):
+            self.backoff = 1
+            return
+        if previous is None:
             return
         withdrawn = self.serving
         if self._put(previous, self.watch.rest):
@@ -367,14 +433,11 @@ class Learning:
             self.versions.withdraw(withdrawn)
 
     def _traffic_changed(self, previous: int) -> bool:
-        gate = [trace for trace in self.buffer.apart("gate") if trace.number > self._swapped_at]
-        if not gate:
-            return False
         try:
-            result = self.updater.run(self._job(Lot([], [], gate, []), previous))
+            result = self.updater.run(self._job(Lot([], [], self._since_swap(), []), previous))
             if result.error is not None:
                 raise CheckpointError(result.error)
         except LimbeckError as error:
             self._failed(error)
             return False
-        return result.verdict.gain <= 0
+        return result.verdict.kind != "better"

@@ -1,5 +1,9 @@
 """Where the time goes: seconds of prefill, draft, verify, overhead and idling, which add up to the wall clock, beside
-what training took in its own process; and the net speedup against plain decoding, which is sampled now and then."""
+what training took in its own process; and the net speedup against plain decoding, which is sampled now and then.
+
+Training slows down whatever is decoded beside it. So what is served counts as it is, training beside it or not, and
+plain decoding as it is while nothing trains: the speedup is that of drafting and learning together.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,8 @@ class Sample:
 class Ledger:
     """`idle` and `overhead` are the service's own; `training` is the other process's, beside the wall clock.
 
-    `rounds` of either kind by the number of requests in them; older ones count less (`decay` a round).
+    Rounds by the number of requests in them: all that were `served`, and the `plain` ones of these while nothing was
+    trained. Older ones count less (`decay` a round).
     """
 
     idle: float = 0.0
@@ -39,7 +44,7 @@ class Ledger:
     tokens: int = 0
     started: float = 0.0
     decay: float = 0.999
-    drafted: dict[int, Sample] = field(default_factory=dict[int, Sample])
+    served: dict[int, Sample] = field(default_factory=dict[int, Sample])
     plain: dict[int, Sample] = field(default_factory=dict[int, Sample])
 
     def seconds(self, engine: Seconds) -> dict[str, float]:
@@ -59,17 +64,18 @@ class Ledger:
         del spent["idle"]
         return {name: value / max(self.tokens, 1) for name, value in spent.items()}
 
-    def add_round(self, round_: Round) -> None:
-        """One round, drafted or plain."""
-        kind = self.drafted if round_.draft_seconds else self.plain
-        kind.setdefault(round_.rows, Sample()).add(round_.tokens, round_.seconds, self.decay)
+    def add_round(self, round_: Round, *, alone: bool) -> None:
+        """One round. `alone`: nothing was trained beside it."""
+        kinds = [self.served] if round_.draft_seconds or not alone else [self.served, self.plain]
+        for kind in kinds:
+            kind.setdefault(round_.rows, Sample()).add(round_.tokens, round_.seconds, self.decay)
 
     @property
     def speedup(self) -> float | None:
-        """Seconds that plain rounds would have taken for the tokens of the drafted ones, by the seconds that those
-        took: over the numbers of requests of which both kinds are known. None: not known."""
+        """Seconds that plain rounds alone would have taken for the tokens that were served, by the seconds that these
+        took: over the numbers of requests of which plain rounds are known. None: not known."""
         wanted = taken = 0.0
-        for rows, sample in list(self.drafted.items()):
+        for rows, sample in list(self.served.items()):
             plain = self.plain.get(rows)
             if plain is not None and plain.tokens:
                 wanted += sample.tokens * plain.seconds / plain.tokens
@@ -78,7 +84,7 @@ class Ledger:
 
     @property
     def plain_tokens_per_s(self) -> float | None:
-        """Tokens/s of plain rounds, by the mix of requests that they were sampled with."""
+        """Tokens/s of plain rounds alone, by the mix of requests that they were sampled with."""
         seconds = sum(sample.seconds for sample in list(self.plain.values()))
         return sum(sample.tokens for sample in list(self.plain.values())) / seconds if seconds else None
 
@@ -87,14 +93,17 @@ class Ledger:
 class Watched:
     """A controller that another one steers: it counts each round, and makes a share of the rounds plain ones.
 
-    One round in `every` is plain, for all requests in it (0: none). `seen` is called with every round.
+    One round in `every` is plain, for all requests in it (0: none). `seen` is called with every round. `training`:
+    whether a draft is being trained just now.
     """
 
     inner: Controller
     ledger: Ledger
     every: int
     seen: Callable[[Round], None]
+    training: Callable[[], bool]
     count: int = 0
+    disturbed: bool = False
 
     @property
     def names(self) -> Sequence[str]:
@@ -102,6 +111,7 @@ class Watched:
 
     def plan(self, rows: Sequence[Live]) -> list[Choice]:
         self.count += 1
+        self.disturbed = self.training()
         if self.every and self.count % self.every == 0:
             return [NOTHING] * len(rows)
         return self.inner.plan(rows)
@@ -110,7 +120,7 @@ class Watched:
         return self.inner.go_on(draft, rows, confidence)
 
     def record(self, round_: Round) -> None:
-        self.ledger.add_round(round_)
+        self.ledger.add_round(round_, alone=not (self.disturbed or self.training()))
         self.seen(round_)
         self.inner.record(round_)
 

@@ -14,7 +14,7 @@ from limbeck.decoding.drafts.feature_files import FEATURE
 from limbeck.errors import RolloutError
 from limbeck.online.buffer import Buffer, Trace
 
-_TOP = 64  # tokens kept of a distribution
+TOP = 64  # tokens kept of a distribution
 
 
 def record_answers(
@@ -33,7 +33,7 @@ def record_answers(
     reader: a draft of the target's hidden states: what it reads is kept too. It drafts nothing.
     Raises RolloutError for a prompt that the engine cannot answer.
     """
-    buffer = Buffer(positions="all", top=_TOP, most_bytes=1 << 60, seconds=float("inf"), taps=reader is not None)
+    buffer = Buffer(positions="all", top=TOP, most_bytes=1 << 60, seconds=float("inf"), taps=reader is not None)
     if reader is not None:
         reader.benched = True  # what it is shown is for the buffer
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from limbeck.online.coins import coin
 
+_TAGS = 1000  # clients choose them: those that were not heard of for the longest are forgotten
+
 
 @dataclass
 class _Speed:
@@ -26,15 +28,19 @@ class Routing:
     whose tag is of no draft, or that have none, go to the draft with the most measured tokens/s among requests of the
     same tag, and a share `explore` of them to any: epsilon-greedy (Sutton and Barto, section 2.2) over means whose past
     counts less by `decay` a request, as traffic and drafts change. Without it they keep what they ask for.
+
+    `main`: the draft of requests for which nobody chose another, which they teach too (None: there is no such one, and
+    they teach all).
     """
 
     drafts: Sequence[str]
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
+    main: str | None = None
     learned: bool = False
     explore: float = 0.05
     decay: float = 0.98
     seed: int = 0
-    speeds: dict[tuple[str | None, str], _Speed] = field(default_factory=dict[tuple[str | None, str], _Speed])
+    speeds: dict[str | None, dict[str, _Speed]] = field(default_factory=dict[str | None, dict[str, _Speed]])
     count: int = 0
 
     def choose(self, tag: str | None) -> str | None:
@@ -42,14 +48,18 @@ class Routing:
         if tag is not None and (tag in self.drafts or tag in self.tags):
             return self.tags.get(tag, tag)
         if not self.learned or not self.drafts:
-            return tag
+            return self.main if tag is None else tag
         self.count += 1
         if coin(self.seed, "explore", self.count) < self.explore:
             return self.drafts[int(coin(self.seed, "which", self.count) * len(self.drafts))]
-        return max(self.drafts, key=lambda draft: self.speeds.get((tag, draft), _Speed()).tokens_per_s)
+        speeds = self.speeds.get(tag, {})
+        return max(self.drafts, key=lambda draft: speeds.get(draft, _Speed()).tokens_per_s)
 
     def record(self, tag: str | None, draft: str, tokens: int, seconds: float) -> None:
         """A request of this tag got `tokens` by this draft in `seconds` of decoding."""
-        speed = self.speeds.setdefault((tag, draft), _Speed())
+        speeds = self.speeds[tag] = self.speeds.pop(tag, {})  # the newest is last
+        if len(self.speeds) > _TAGS:
+            del self.speeds[next(iter(self.speeds))]
+        speed = speeds.setdefault(draft, _Speed())
         speed.tokens = speed.tokens * self.decay + tokens
         speed.seconds = speed.seconds * self.decay + seconds

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import itemgetter
 from time import perf_counter
 from typing import Any
 
@@ -15,7 +17,7 @@ from limbeck.decoding.controller import Round
 from limbeck.decoding.requests import Counters, Event, Observation, Request
 from limbeck.decoding.speculative import Engine
 from limbeck.errors import RolloutError
-from limbeck.online.coins import HeldOut
+from limbeck.online.coins import HeldOut, held_out_of
 from limbeck.online.learning import Learning
 from limbeck.online.ledger import Clock, Ledger, Watched
 from limbeck.online.routing import Routing
@@ -23,7 +25,7 @@ from limbeck.online.routing import Routing
 LOG = logging.getLogger(__name__)
 OnEvent = Callable[[Event], None]
 
-_MARKS = 400
+_MARKS = 200  # of each kind: updates are many, and must not push out the swaps
 _POSITIONS = 64  # counted one by one of the positions in a proposal
 _IDLE = 0.5  # s without a request after which the loop looks about
 
@@ -56,6 +58,10 @@ class _Open:
     counted: Counters = field(default_factory=Counters)  # of its own, those that are in the draft's
 
 
+class ServiceEnded(RolloutError):
+    """The service has stopped or failed."""
+
+
 class Service:
     """Serves `engine`, whose thread it owns from `start` to `stop`.
 
@@ -85,15 +91,17 @@ class Service:
                 f"learning: expected the engine's drafts ({known}), found {unknown[0]}: name one of them"
             )
         self.routing = routing or Routing(list(engine.drafts))
-        self.held_out = held_out or HeldOut()
+        keeps_all = all(learning.buffer.keeps == "all" for learning in self.learning.values())
+        self.held_out = held_out or held_out_of("all" if keeps_all else "rejected")
         self.seed = seed
         self.ledger = Ledger()
         every = plain_every if engine.drafts else 0
-        engine.controller = Watched(engine.controller, self.ledger, every, self._count)
+        self._trains = threading.Lock()  # whoever trains holds it
+        engine.controller = Watched(engine.controller, self.ledger, every, self._count, self._trains.locked)
         engine.observer = self._observe if self.learning else None
         self.counts = {name: DraftCounts() for name in engine.drafts}
         self.requests = 0
-        self.marks: deque[dict[str, Any]] = deque(maxlen=_MARKS)
+        self.marks: dict[str, deque[dict[str, Any]]] = {}  # by kind
         self.failure: str | None = None
         self._open: dict[str, _Open] = {}
         self._between: deque[Callable[[], None]] = deque()
@@ -110,9 +118,8 @@ class Service:
     def start(self) -> None:
         """Begins to serve; the drafts that learn take up their newest whole version first. CheckpointError where the
         versions on disk are another draft's."""
-        turn = threading.Lock()
         for name, learning in self.learning.items():
-            learning.start(self.between_rounds, lambda kind, version, name=name: self._mark(kind, name, version), turn)
+            learning.start(self.between_rounds, partial(self._mark, name), self._trains)
         self.ledger.started = perf_counter()
         self._clock = Clock(self.ledger.started)
         self._thread.start()
@@ -139,19 +146,22 @@ class Service:
         """Takes a request in. `on_event` is called with its events, in order, from the engine's thread: it must be
         quick. The last one has a `finish_reason`. An `on_event` that raises cancels its request.
 
-        `request.route` is a draft's name or a tag of the routing. RolloutError as from `Engine.add`, for an id that is
-        being served, and from a service that has stopped or failed.
+        `request.route` is a draft's name or a tag of the routing. RolloutError as from `Engine.add`, and for an id that
+        is being served; ServiceEnded from a service that has stopped or failed.
         """
         with self._lock:
             if self._closed:
                 why = self.failure or "it was stopped"
-                raise RolloutError(f"expected a service that runs, found one that has ended ({why}): start another")
+                raise ServiceEnded(f"expected a service that runs, found one that has ended ({why}): start another")
             if request.id in self._open:
                 raise RolloutError(f"expected a new id, found {request.id!r}, which is being served: choose another")
             self.requests += 1
-            draft = self.routing.choose(request.route)
-            keep = request.train and self.held_out.keeps(self.seed, self.requests)
-            tag, request = request.route, replace(request, route=draft, keep_all=keep or request.keep_all)
+            tag, draft = request.route, self.routing.choose(request.route)
+            # The main one is left to the controller, which may do without it.
+            request = replace(request, route=None if draft == self.routing.main else draft)
+            hungry = any(self.learning[name].hungry for name in self._taught_by(request))
+            keep = request.train and self.held_out.keeps(self.seed, request.tokens, hungry=hungry)
+            request = replace(request, keep_all=keep or request.keep_all)
             self._open[request.id] = _Open(request, tag, on_event, draft)
         try:
             self.engine.add(request)
@@ -238,7 +248,7 @@ class Service:
             "per_token": self.ledger.per_token(self.engine.seconds),
             "speedup": self.ledger.speedup,
             "plain_tokens_per_s": self.ledger.plain_tokens_per_s,
-            "marks": list(self.marks),
+            "marks": sorted((mark for kind in list(self.marks.values()) for mark in list(kind)), key=itemgetter("t")),
         }
 
     def _numbers(self, name: str) -> dict[str, Any]:
@@ -249,8 +259,10 @@ class Service:
         more = {} if learning is None else learning.numbers()
         return {"kind": kind, "version": draft.version, "benched": draft.benched, **own, **more}
 
-    def _mark(self, kind: str, draft: str, version: int) -> None:
-        self.marks.append({"t": perf_counter() - self.ledger.started, "kind": kind, "draft": draft, "version": version})
+    def _mark(self, draft: str, kind: str, version: int) -> None:
+        seconds = perf_counter() - self.ledger.started
+        marks = self.marks.setdefault(kind, deque(maxlen=_MARKS))
+        marks.append({"t": seconds, "kind": kind, "draft": draft, "version": version})
 
     def _count(self, round_: Round) -> None:
         """A round's drafting, into the counts of each draft: by what the requests' own counters have gained."""
@@ -327,10 +339,11 @@ class Service:
                 self.learning[name].observe(seen, own=row.draft == name)
 
     def _taught_by(self, request: Request) -> Iterable[str]:
-        """A request teaches the draft that it was routed to, and where nobody chose, all."""
-        if request.route is None:
+        """A request teaches the draft that it was routed to, and where nobody chose and none is the main one, all."""
+        draft = request.route or self.routing.main
+        if draft is None:
             return self.learning
-        return [request.route] if request.route in self.learning else []
+        return [draft] if draft in self.learning else []
 
     def _deliver(self, event: Event) -> None:
         opened = self._open.get(event.id)

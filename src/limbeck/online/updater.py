@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from limbeck.errors import CheckpointError, LimbeckError
 from limbeck.online.buffer import Lot, Trace
 from limbeck.online.gate import Gate, Verdict
 from limbeck.online.learner import (
+    Fitted,
     Learner,
     Training,
     acceptances,
@@ -36,8 +37,9 @@ LOG = logging.getLogger(__name__)
 Build = Callable[[], Learner]
 """Makes the learner with its first weights, in the other process: a function of a module, or a `partial` of one."""
 
-_BUSY, _SHARE, _END, _WORKED = range(4)  # of the numbers that both processes see
+_BUSY, _SHARE, _END, _WORKED, _HELD = range(5)  # of the numbers that both processes see
 _NAP = 0.005  # s
+_GAIN = 0.01  # of acceptance
 _NICE = 10
 _GRACE = 20.0  # s: told to end, it is gone in a fraction of one, but its niceness lets a busy machine make it wait
 
@@ -76,14 +78,14 @@ class UpdaterLost(LimbeckError):
 
 
 class Updater:
-    """Starts the process at the first job, and again when it has died. One thread uses it; `set_busy`, `set_share` and
-    `end` may be called from any."""
+    """Starts the process at the first job, and again when it has died. From the first job on whose share is bounded, it
+    is nice to others. One thread uses it; `set_busy`, `set_share`, `set_held` and `end` may be called from any."""
 
     def __init__(
         self, build: Build, folder: str | Path, training: Training, gate: Gate, *, threads: int, seed: int = 0
     ) -> None:
         self.context = multiprocessing.get_context("spawn")
-        self.numbers: Any = self.context.RawArray("d", 4)
+        self.numbers: Any = self.context.RawArray("d", 5)
         self.numbers[_SHARE] = 1.0
         self.arguments = (build, str(folder), training, gate, threads, seed)
         self.process: Any = None
@@ -98,9 +100,13 @@ class Updater:
         """Training's most share of the time while requests are served; 1: no bound."""
         self.numbers[_SHARE] = share
 
+    def set_held(self, held: bool) -> None:
+        """Whether the work of a job stands still, busy or not."""
+        self.numbers[_HELD] = held
+
     @property
     def worked(self) -> float:
-        """Seconds of work since the beginning, of all processes."""
+        """Seconds of a core since the beginning, of all processes."""
         return self.numbers[_WORKED]
 
     def run(self, job: Job) -> Result:
@@ -158,41 +164,45 @@ class _Told(Exception):
 
 @dataclass
 class Throttle:
-    """Holds the work back while others are served: of that time it takes `share` at most, counted from the last `start`
-    on; idle time is free."""
+    """Holds the work back while others are served: of that time it takes `share` of a core at most, counted from the
+    last `start` on; idle time is free. `spent`: seconds of a core, since one that waits for others' work takes none."""
 
     numbers: Any
     parent: int
     now: Callable[[], float] = time.perf_counter
+    spent: Callable[[], float] = time.process_time
     sleep: Callable[[float], None] = time.sleep
     worked: float = 0.0
     passed: float = 0.0
-    last: float = 0.0
+    last: tuple[float, float] = (0.0, 0.0)
 
     def start(self) -> None:
         self.worked = self.passed = 0.0
-        self.last = self.now()
+        self.last = self.now(), self.spent()
 
     def __call__(self) -> None:
-        took = self.now() - self.last
-        self.numbers[_WORKED] += took
+        passed, worked = self.now() - self.last[0], self.spent() - self.last[1]
+        self.numbers[_WORKED] += worked
         if self.numbers[_BUSY]:
-            self.worked += took
-            self.passed += took
+            self.worked += worked
+            self.passed += passed
         while True:
             if self.numbers[_END] or os.getppid() != self.parent:
                 raise _Told
-            start = self.now()
-            if not self.numbers[_BUSY] or self.worked <= self.numbers[_SHARE] * self.passed:
+            start, held = self.now(), self.numbers[_HELD]
+            if not held and (not self.numbers[_BUSY] or self.worked <= self.numbers[_SHARE] * self.passed):
                 break
             self.sleep(_NAP)
-            self.passed += self.now() - start
-        self.last = self.now()
+            if not held:
+                self.passed += self.now() - start
+        self.last = self.now(), self.spent()
 
 
 @dataclass(eq=False)
 class Worker:
-    """What the process does with a job. `base`: the version that its weights came from."""
+    """What the process does with a job. `base`: the version that its weights came from. Training that finds nothing
+    better is followed by a third of the learning rate, and training that gains by three times as much again: what
+    teaches a draft from nothing ruins one that was trained before."""
 
     learner: Learner
     versions: Versions
@@ -205,6 +215,7 @@ class Worker:
     serving: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     optimiser: Any = None
     known: dict[int, tuple[float, int]] = field(default_factory=dict[int, tuple[float, int]])  # of the serving version
+    rate: float = 1.0  # times the learning rate
 
     def __post_init__(self) -> None:
         self.generator.manual_seed(self.seed)
@@ -215,7 +226,7 @@ class Worker:
             self.serving = snapshot(self.learner)
             self.versions.save(self._version(self.versions.next()))
         else:
-            self._take(newest)
+            self.rate = float(self._take(newest)["rate"])
 
     def run(self, job: Job) -> Result:
         if not same_tokens(job.ids, self.learner.ids_D):
@@ -226,6 +237,8 @@ class Worker:
         if job.other is not None:
             return self._compare(gate, job.other)
         serving = self._of_serving(gate)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate * self.training.learning_rate
         fitted = fit(
             self.learner,
             self.optimiser,
@@ -236,9 +249,10 @@ class Worker:
             replay=job.lot.replay,
             breathe=self.breathe,
         )
+        self.rate = next_rate(self.rate, fitted)
         found = acceptances(self.learner, gate, self.training.batch_tokens, self.breathe)
         known = mean_known(self.learner, job.lot.train + gate)
-        verdict = self.gate.judge([serving[trace.number][0] for trace in gate], [found[t.number][0] for t in gate])
+        verdict = self._judge(gate, serving, found)
         if not fitted.finite:
             verdict = replace(verdict, kind="worse")
         result = Result(verdict, None, fitted.before, fitted.after, known)
@@ -263,7 +277,14 @@ class Worker:
         restore(self.learner, self.versions.weights(other))
         found = acceptances(self.learner, gate, self.training.batch_tokens, self.breathe)
         restore(self.learner, own)
-        return Result(self.gate.judge([serving[t.number][0] for t in gate], [found[t.number][0] for t in gate]))
+        return Result(self._judge(gate, serving, found))
+
+    def _judge(
+        self, gate: list[Trace], serving: Mapping[int, tuple[float, int]], found: Mapping[int, tuple[float, int]]
+    ) -> Verdict:
+        """The newest first: where traffic changes, they are what it is now."""
+        numbers = [trace.number for trace in reversed(gate)]
+        return self.gate.judge([serving[number][0] for number in numbers], [found[number][0] for number in numbers])
 
     def _of_serving(self, gate: list[Trace]) -> dict[int, tuple[float, int]]:
         """Acceptances of the serving version, whatever the learner's weights are by now."""
@@ -276,16 +297,26 @@ class Worker:
         return self.known
 
     def _version(self, number: int) -> Version:
-        state = optimiser_state(self.learner, self.optimiser) | {"generator": self.generator.get_state()}
+        state = optimiser_state(self.learner, self.optimiser)
+        state |= {"generator": self.generator.get_state(), "rate": torch.tensor(self.rate)}
         return Version(number, snapshot(self.learner), state, {"objective": self.training.objective})
 
-    def _take(self, number: int) -> None:
-        """Weights, optimiser and random numbers of a version on disk."""
+    def _take(self, number: int) -> dict[str, Tensor]:
+        """Weights, optimiser and random numbers of a version on disk; gives all its state."""
         version = self.versions.load(number)
         restore(self.learner, version.weights)
         set_optimiser_state(self.learner, self.optimiser, version.state)
         self.generator.set_state(version.state["generator"])
         self.base, self.serving, self.known = number, snapshot(self.learner), {}
+        return version.state
+
+
+def next_rate(rate: float, fitted: Fitted) -> float:
+    """See `Worker`; within 1/1000 and 1."""
+    if fitted.before is None or fitted.after is None:
+        return rate
+    gain = fitted.after - fitted.before
+    return min(3 * rate, 1.0) if gain >= _GAIN else max(rate / 3, 1e-3) if gain <= 0 else rate
 
 
 def same_tokens(one_D: Tensor | None, other_D: Tensor | None) -> bool:
@@ -308,7 +339,6 @@ def _main(
 ) -> None:
     """The process: jobs in, results out, until the other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who serves decides
-    os.nice(_NICE)
     torch.set_num_threads(threads)
     breathe = Throttle(numbers, parent)
     try:
@@ -326,6 +356,8 @@ def _main(
 
 def _answer_one(connection: Any, worker: Worker, breathe: Throttle) -> None:
     job: Job = connection.recv()
+    if breathe.numbers[_SHARE] < 1:  # beside busy servers a nice process gets next to nothing: not while it is cold
+        os.nice(max(_NICE - os.nice(0), 0))
     breathe.start()
     try:
         result = worker.run(job)

@@ -2,7 +2,7 @@
 
 A version is a folder `v000007`: the trained weights and the optimiser's state (safetensors), the state of the random
 numbers, a few facts, and a manifest. It is written aside, flushed, and renamed. One that was rolled back is renamed to
-`withdrawn-000007`: its number is never given again.
+`withdrawn-000007` and emptied of its tensors: its number is never given again.
 """
 
 from __future__ import annotations
@@ -135,9 +135,12 @@ class Versions:
 
     def withdraw(self, number: int) -> None:
         """This version is never served again. CheckpointError where it cannot be renamed."""
+        gone = self.folder / f"withdrawn-{number:06d}"
         try:
-            self._place(number).rename(self.folder / f"withdrawn-{number:06d}")
+            self._place(number).rename(gone)
             flush(self.folder)
+            for tensors in (_WEIGHTS, _STATE):
+                (gone / tensors).unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"{self.folder}: version {number} could not be withdrawn ({error})") from None
 

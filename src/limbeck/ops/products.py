@@ -115,7 +115,7 @@ def packing_pays(dtype: torch.dtype) -> bool:
         return False
     weight_VH, hidden_NH = _probe(4096, 2048, 8, dtype)
     packed = Packed(weight_VH, rows=8)
-    return _wins(lambda: packed(hidden_NH), lambda: F.linear(hidden_NH, weight_VH))
+    return _wins(lambda: packed(hidden_NH), lambda: F.linear(hidden_NH, weight_VH), 40)
 
 
 @functools.cache
@@ -124,7 +124,7 @@ def onednn_wins() -> bool:
     if not _has_onednn():
         return False
     weight_VH, hidden_NH = _probe(1024, 1024, 256, torch.float32)
-    return _wins(lambda: _onednn(hidden_NH, weight_VH, None), lambda: F.linear(hidden_NH, weight_VH))
+    return _wins(lambda: _onednn(hidden_NH, weight_VH, None), lambda: F.linear(hidden_NH, weight_VH), 15)
 
 
 class _Linear(torch.autograd.Function):
@@ -183,17 +183,20 @@ def _probe(outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> tuple[Te
     return weight_VH, hidden_NH
 
 
-def _wins(new: Callable[[], Tensor], own: Callable[[], Tensor], repeats: int = 5) -> bool:
-    """Whether `new` gives the same as `own` in less time, by the fastest of some tries of each in turn."""
+def _wins(new: Callable[[], Tensor], own: Callable[[], Tensor], most: int) -> bool:
+    """Whether `new` gives the same as `own` in less time, by the fastest of some tries of each in turn: of five, and
+    where those do not say so of up to `most`, for other processes may have had the machine meanwhile."""
     with torch.no_grad():
         expected, found = own(), new()  # and warm
         tolerance = 1e-4 if expected.dtype == torch.float32 else 2e-2
         if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
             return False
         fastest = [float("inf"), float("inf")]
-        for _ in range(repeats):
+        for tries in range(1, most + 1):
             for way, product in enumerate((own, new)):
                 start = time.perf_counter()
                 product()
                 fastest[way] = min(fastest[way], time.perf_counter() - start)
-    return fastest[0] >= _GAIN * fastest[1]
+            if tries >= 5 and fastest[0] >= _GAIN * fastest[1]:
+                return True
+    return False

@@ -6,9 +6,9 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from limbeck.online import Training
+from limbeck.online import Pace, Training
 from limbeck.online.buffer import Positions
-from limbeck.studies.acceptance import STREAM, along, fresh, shuffled, summary
+from limbeck.studies.acceptance import STREAM, along, ends, fresh, shuffled, taught
 from limbeck.studies.cells import Cells
 from limbeck.studies.material import Material
 from limbeck.studies.page import Result
@@ -30,25 +30,20 @@ def run(setting: Setting, cells: Cells) -> Result:
     )
     for seed, objective, times, positions in product(range(setting.seeds), OBJECTIVES, SIZES, POSITIONS):
         size = round(setting.update_size * times)
-        facts = {**setting.facts(*STREAM), "domain": vars(domain), "seed": seed, "update_size": size}
-        facts |= {"objective": objective, "positions": positions}
-        compute = partial(_stream, material, seed, objective, size, positions)
+        training, pace = Training(objective, learning_rate=setting.learning_rate), Pace(update_size=size)
+        facts = {**setting.facts(*STREAM), **material.facts, **taught(training, pace, positions), "seed": seed}
+        facts["prompts"] = material.digest(domain, setting.requests)
+        compute = partial(_stream, material, seed, training, pace, positions)
         found = cells.get(f"{objective}-{size}-{positions}-{seed}", facts, compute)
-        end = summary("", found)[": alpha, last fifth"]
+        _, end = ends(found["alpha"], found["verified"])
         result.add(objective, seed, {f"updates of {size}, {positions} positions": end}, cells.all[-1])
     return result
 
 
-def _stream(material: Material, seed: int, objective: str, size: int, positions: Positions) -> dict[str, Any]:
-    setting = material.setting
-    replay = Replay(
-        material.build,
-        material.vocabulary,
-        fresh(setting.work / "versions" / f"ablation-{objective}-{size}-{positions}-{seed}"),
-        Training(objective, learning_rate=setting.learning_rate),
-        size,
-        setting.gamma,
-        seed,
-        positions=positions,
-    )
-    return along(replay, shuffled(material.answers(setting.domains[0], setting.requests), seed))
+def _stream(material: Material, seed: int, training: Training, pace: Pace, positions: Positions) -> dict[str, Any]:
+    setting, build, vocabulary = material.setting, material.build, material.vocabulary
+    stream = shuffled(material.answers(setting.domains[0], setting.requests), seed)
+    name = f"ablation-{training.objective}-{pace.update_size}-{positions}-{seed}"
+    with fresh(setting.work / "versions" / name) as folder:
+        replay = Replay(build, vocabulary, folder, training, pace, setting.gamma, seed, positions=positions)
+        return along(replay, stream)

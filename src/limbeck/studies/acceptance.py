@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -12,70 +13,112 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.online import Trace, Training
-from limbeck.online.learner import snapshot
+from limbeck.online import Gate, Pace, Trace, Training
+from limbeck.online.buffer import Positions
+from limbeck.online.coins import held_out_of
 from limbeck.studies.cells import Cells
-from limbeck.studies.material import Material, from_state
+from limbeck.studies.material import Material
 from limbeck.studies.page import Result, Series
-from limbeck.studies.replay import Replay, train_offline
+from limbeck.studies.replay import Replay, acceptance_on, train_offline
 from limbeck.studies.setting import Domain, Setting
 
-STREAM = ("target", "draft", "layers", "requests", "max_tokens", "temperature", "gamma", "learning_rate")
-"""What every cell of a replayed stream depends on."""
+STREAM = ("layers", "max_tokens", "temperature", "gamma")
+"""What every cell of a replayed stream depends on, beside models, prompts and training."""
 
 ARMS = ("static", "offline", "online")
-_FIFTH = 5  # the end and the beginning of a stream: this part of it
-_OFFLINE = {"epochs": 50, "patience": 6}  # for as long as it gets better
+_FIFTH = 5  # of a domain's answers one in so many is kept apart, and so are the first and last part of a stream
+_OFFLINE = {"epochs": 50, "patience": 6, "replay": 0.0}  # for as long as it gets better
 
 
 def run(setting: Setting, cells: Cells) -> Result:
-    """Of each domain twice `requests` answers: the first half teaches the offline draft, the second is the stream."""
+    """Of each domain a fifth of the answers is kept apart to measure by; the others are the stream, of `requests` at
+    most, and what the offline draft is trained on."""
     material = Material(setting, cells.say)
     result = Result(
         "Acceptance along a stream of one domain",
-        f"{material.words}; {setting.requests} requests a domain, answers of at most {setting.max_tokens} tokens at "
-        f"temperature {setting.temperature:g}, {setting.gamma} drafted tokens. `offline` was trained on as many other "
-        "requests of the domain, with all positions, until a tenth of them got no better",
+        f"{material.words}; {setting.requests} requests a domain, or all but a fifth, answers of at most "
+        f"{setting.max_tokens} tokens at temperature {setting.temperature:g}, {setting.gamma} drafted tokens. "
+        "`offline` was trained on the same requests, with all positions, until a tenth of them got no better. *Apart*: "
+        "on a fifth of the requests, which none of them was trained on; the level line of `offline` is that",
     )
-    for domain, seed, arm in product(setting.domains, range(setting.seeds), ARMS):
-        facts = _facts(setting, domain, seed, arm)
-        found = cells.get(f"{domain.name}-{arm}-{seed}", facts, partial(_arm, material, domain, seed, arm))
-        result.add(arm, seed, summary(domain.name, found), cells.all[-1])
-        result.series.append(Series(domain.name, arm, seed, windowed(found["alpha"], found["verified"])))
+    for domain, arm in product(setting.domains, ARMS):
+        for seed in range(1 if arm == "static" else setting.seeds):
+            facts = _facts(material, domain, seed, arm)
+            found = cells.get(f"{domain.name}-{arm}-{seed}", facts, partial(_arm, material, domain, seed, arm))
+            result.add(arm, seed, summary(domain.name, found), cells.all[-1])
+            result.series.append(Series(domain.name, arm, seed, found["curve"]))
+        _compare(result, domain.name)
+    result.remarks.append(material.tail_words([(domain, *_counts(setting)) for domain in setting.domains]))
     return result
 
 
-def _facts(setting: Setting, domain: Domain, seed: int, arm: str) -> dict[str, Any]:
-    facts = {**setting.facts(*STREAM), "domain": vars(domain), "seed": seed, "arm": arm}
-    return facts | (_OFFLINE if arm == "offline" else setting.facts("update_size") if arm == "online" else {})
+def _counts(setting: Setting) -> tuple[int, int]:
+    """(prompts that are asked for, and at least)."""
+    return setting.requests + setting.requests // (_FIFTH - 1), 2 * _FIFTH
+
+
+def _facts(material: Material, domain: Domain, seed: int, arm: str) -> dict[str, Any]:
+    setting = material.setting
+    facts = {**setting.facts(*STREAM), **material.facts, "prompts": material.digest(domain, *_counts(setting))}
+    facts |= {"seed": seed, "arm": arm}
+    if arm == "offline":
+        facts |= asdict(_offline(setting))
+    return facts | (taught(Training(learning_rate=setting.learning_rate), _pace(setting)) if arm == "online" else {})
+
+
+def taught(training: Training, pace: Pace, positions: Positions = "all") -> dict[str, Any]:
+    """What a draft that learns from a stream depends on, for a cell's facts."""
+    parts = {"training": training, "pace": pace, "gate": Gate(), "held_out": held_out_of(positions)}
+    return {name: asdict(part) for name, part in parts.items()} | {"positions": positions}
+
+
+def _offline(setting: Setting) -> Training:
+    return replace(Training(learning_rate=setting.learning_rate), **_OFFLINE)
+
+
+def _pace(setting: Setting) -> Pace:
+    return Pace(update_size=setting.update_size)
 
 
 def _arm(material: Material, domain: Domain, seed: int, arm: str) -> dict[str, Any]:
     setting = material.setting
-    answers = material.answers(domain, 2 * setting.requests)
-    before, stream = answers[: setting.requests], shuffled(answers[setting.requests :], seed)
-    training, build = Training(learning_rate=setting.learning_rate), material.build
+    answers = material.answers(domain, *_counts(setting))
+    apart = answers[::_FIFTH]
+    stream = shuffled([answer for place, answer in enumerate(answers) if place % _FIFTH], seed)
+    facts = {"requests": len(stream), "requests apart": len(apart)}
     if arm == "offline":
-        learner = build()
-        train_offline(learner, shuffled(before, seed), replace(training, **_OFFLINE), seed)
-        build = partial(from_state, build, snapshot(learner))
-    replay = Replay(
-        build,
-        material.vocabulary,
-        fresh(setting.work / "versions" / f"{domain.name}-{arm}-{seed}"),
-        training,
-        setting.update_size,
-        setting.gamma,
-        seed,
-        learns=arm == "online",
-    )
-    return along(replay, stream)
+        learner = material.build()
+        steps = train_offline(learner, stream, _offline(setting), seed)
+        alpha = acceptance_on(learner, apart)
+        return {"apart": alpha, "curve": [(0.0, alpha), (float(len(stream)), alpha)], "steps": steps, **facts}
+    with fresh(setting.work / "versions" / f"{domain.name}-{arm}-{seed}") as folder:
+        training = Training(learning_rate=setting.learning_rate)
+        learns = arm == "online"
+        replay = Replay(
+            material.build, material.vocabulary, folder, training, _pace(setting), setting.gamma, seed, learns=learns
+        )
+        found = along(replay, stream)
+    found["curve"] = windowed(found["alpha"], found["verified"])
+    return {**found, "apart": acceptance_on(replay.serving, apart), **facts}
 
 
-def fresh(folder: Path) -> Path:
-    """The folder, empty: a draft's versions of a cell that was killed are not gone on with."""
+def _compare(result: Result, domain: str) -> None:
+    """What the online draft reaches beside the others, seed by seed."""
+    metric = f"{domain}: alpha apart, at the end"
+    found = {(n.method, n.seed): n for n in result.numbers if n.metric == metric}
+    for (arm, seed), online in list(found.items()):
+        if arm == "online":
+            for other, other_seed in (("static", 0), ("offline", seed)):
+                gain = online.value - found[other, other_seed].value
+                result.add(f"online - {other}", seed, {metric: gain}, online.cell)
+
+
+@contextmanager
+def fresh(folder: Path) -> Iterator[Path]:
+    """The folder, empty: a draft's versions of a cell that was killed are not gone on with. Gone afterwards."""
     shutil.rmtree(folder, ignore_errors=True)
-    return folder
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def shuffled(traces: Sequence[Trace], seed: int) -> list[Trace]:
@@ -110,10 +153,16 @@ def windowed(alpha: Sequence[float], verified: Sequence[int], windows: int = 20)
 
 
 def summary(domain: str, found: dict[str, Any]) -> dict[str, float]:
-    alpha, verified = found["alpha"], found["verified"]
+    numbers = {f"{domain}: alpha apart, at the end": found["apart"]}
+    numbers |= {f"{domain}: {name}": found[name] for name in ("requests", "requests apart")}
+    if "alpha" in found:
+        first, last = ends(found["alpha"], found["verified"])
+        numbers |= {f"{domain}: alpha, first fifth": first, f"{domain}: alpha, last fifth": last}
+        numbers |= {f"{domain}: {name}": found[name] for name in ("updates", "swaps")}
+    return numbers
+
+
+def ends(alpha: Sequence[float], verified: Sequence[int]) -> tuple[float, float]:
+    """Mean alpha of the first and of the last fifth of a stream."""
     part = max(1, len(alpha) // _FIFTH)
-    return {
-        f"{domain}: alpha, first fifth": mean_alpha(alpha[:part], verified[:part]),
-        f"{domain}: alpha, last fifth": mean_alpha(alpha[-part:], verified[-part:]),
-        f"{domain}: swaps": found["swaps"],
-    }
+    return mean_alpha(alpha[:part], verified[:part]), mean_alpha(alpha[-part:], verified[-part:])

@@ -16,6 +16,7 @@ from limbeck.errors import DataError
 from limbeck.models import context_length, eos_tokens
 from limbeck.online import Trace
 from limbeck.online.recording import record_answers
+from limbeck.online.versions import fingerprint
 from limbeck.studies.cells import Say
 from limbeck.studies.setting import Domain
 
@@ -27,9 +28,11 @@ _SHARD = 64  # answers in a file
 _ARRAYS = [field.name for field in fields(Trace) if field.type == "Array"]
 
 
-def prompts_of(domain: Domain, tokenizer: Any, model: Any, count: int, max_tokens: int) -> list[list[int]]:
+def prompts_of(
+    domain: Domain, tokenizer: Any, model: Any, count: int, max_tokens: int, least: int | None = None
+) -> list[list[int]]:
     """The first `count` prompts of a domain that leave room for an answer, by the tokenizer's chat template where it
-    has one (plain texts: their first tokens). DataError where there are fewer."""
+    has one (plain texts: their first tokens). DataError where there are fewer, or fewer than `least` if it is given."""
     rows = read(domain.path, columns=domain.columns or None)
     plain = "text" in rows[0] or tokenizer.chat_template is None
     examples, _ = render(
@@ -39,9 +42,10 @@ def prompts_of(domain: Domain, tokenizer: Any, model: Any, count: int, max_token
     longest = LONGEST_PROMPT if context is None else min(LONGEST_PROMPT, context - max_tokens)
     found = [list(example.tokens[: example.prompt_tokens]) for example in examples]
     found = [prompt for prompt in found if len(prompt) <= longest]
-    if len(found) < count:
+    least = count if least is None else least
+    if len(found) < least:
         raise DataError(
-            f"{domain.path}: expected at least {count} prompts of at most {longest} tokens for {domain.name}, found "
+            f"{domain.path}: expected at least {least} prompts of at most {longest} tokens for {domain.name}, found "
             f"{len(found)}: ask for fewer requests"
         )
     return found[:count]
@@ -60,24 +64,22 @@ def record(
 ) -> list[Trace]:
     """The target's answers as traces with all positions, in the order of the prompts; those that are in `folder` are
     read. An answer ends with EOS or after `max_tokens`."""
-    place = folder / _digest(target, prompts, max_tokens, temperature)
+    place = folder / _digest(fingerprint(dict(target.named_parameters())), target.dtype, max_tokens, temperature)
     place.mkdir(parents=True, exist_ok=True)
     sampling = Sampling(max_tokens, temperature=temperature, stop_tokens=tuple(eos_tokens(target, tokenizer)))
     found: list[Trace] = []
     for start in range(0, len(prompts), _SHARD):
-        path = place / f"{start:06d}.npz"
+        shard = prompts[start : start + _SHARD]
+        path = place / f"{start:06d}-{_digest([list(prompt) for prompt in shard])}.npz"
         if not path.exists():
-            say(f"recording {path.parent.name}: answers {start} to {min(start + _SHARD, len(prompts)) - 1}")
-            shard = prompts[start : start + _SHARD]
+            say(f"recording answers {start} to {start + len(shard) - 1}")
             _save(path, record_answers(target, tokenizer, shard, sampling, batch=batch, first=start))
         found += _load(path, start)
     return found
 
 
-def _digest(target: Any, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float) -> str:
-    name = str(target.config.name_or_path)
-    text = f"{name} {max_tokens} {temperature} {[list(prompt) for prompt in prompts]}"
-    return f"{Path(name).name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _save(path: Path, traces: Sequence[Trace]) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from limbeck.decoding.drafts.layers import every_other
 from limbeck.models import cast, load_model, load_tokenizer, probe_autocast, set_vocabulary
-from limbeck.online import Learner, Trace, model_learner
-from limbeck.online.learner import restore
+from limbeck.online import Trace, model_learner
+from limbeck.online.recording import TOP
 from limbeck.online.updater import Build
+from limbeck.online.versions import fingerprint
 from limbeck.studies.answers import prompts_of, record
 from limbeck.studies.cells import Say
 from limbeck.studies.setting import Domain, Setting
@@ -43,16 +47,27 @@ class Material:
         kept = "all layers" if self.layers is None else f"layers {', '.join(map(str, self.layers))}"
         return f"Target {self.setting.target}, draft {self.setting.draft or 'cut from it'}, {kept}"
 
-    def prompts(self, domain: Domain, count: int) -> list[list[int]]:
-        return prompts_of(domain, self.tokenizer, self.target, count, self.setting.max_tokens)
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What the models are, whatever their folders are called."""
+        target, draft = dict(self.target.named_parameters()), self.build().trained()
+        return {"target": fingerprint(target), "dtype": str(self.target.dtype), "draft": fingerprint(draft)}
 
-    def answers(self, domain: Domain, count: int) -> list[Trace]:
-        """The target's answers to the domain's first `count` prompts, recorded unless they are on disk."""
+    def prompts(self, domain: Domain, count: int, least: int | None = None) -> list[list[int]]:
+        """See `prompts_of`."""
+        return prompts_of(domain, self.tokenizer, self.target, count, self.setting.max_tokens, least)
+
+    def digest(self, domain: Domain, count: int, least: int | None = None) -> str:
+        """Of these prompts, for a cell's facts."""
+        return hashlib.sha256(repr(self.prompts(domain, count, least)).encode()).hexdigest()
+
+    def answers(self, domain: Domain, count: int, least: int | None = None) -> list[Trace]:
+        """The target's answers to these prompts, recorded unless they are on disk."""
         if (domain.name, count) not in self._answers:
             self._answers[domain.name, count] = record(
                 self.target,
                 self.tokenizer,
-                self.prompts(domain, count),
+                self.prompts(domain, count, least),
                 self.setting.work / "answers",
                 max_tokens=self.setting.max_tokens,
                 temperature=self.setting.temperature,
@@ -61,9 +76,10 @@ class Material:
             )
         return self._answers[domain.name, count]
 
-
-def from_state(build: Build, state: dict[str, torch.Tensor]) -> Learner:
-    """A learner with these weights in place of its first ones."""
-    learner = build()
-    restore(learner, state)
-    return learner
+    def tail_words(self, asked: Sequence[tuple[Domain, int, int]]) -> str:
+        """How far an alpha on recorded answers may be off."""
+        mass = np.concatenate([np.exp(trace.tail_N) for one in asked for trace in self.answers(*one)]).mean()
+        return (
+            f"The {TOP} likeliest tokens of each distribution were recorded; the others, {mass:.3f} in the mean, count "
+            "as one token, so that an alpha is too high by that at most."
+        )

@@ -16,9 +16,10 @@ import torch
 
 from limbeck.decoding import Sampling
 from limbeck.decoding.requests import Observed, Request
+from limbeck.errors import CheckpointError
 from limbeck.online import Buffer, Gate, Learner, Pace, Trace, Training, Versions
 from limbeck.online.buffer import Positions
-from limbeck.online.coins import HeldOut, coin
+from limbeck.online.coins import coin, held_out_of
 from limbeck.online.learner import alphas, batch, fit, optimiser_of, restore
 from limbeck.online.updater import Job, Worker
 
@@ -37,20 +38,19 @@ class Point:
 
 @dataclass
 class Replay:
-    """One draft on a stream, with requests held out as a service does it. `remembered`: earlier traces kept for
-    replay."""
+    """One draft on a stream, with requests held out as a service does it; training takes no time here, and nothing
+    backs off. `remembered`: traces of any earlier time that are kept for replay."""
 
     build: Callable[[], Learner]
     vocabulary: int
     folder: Path
     training: Training
-    update_size: int
+    pace: Pace
     gamma: int
     seed: int
     positions: Positions = "all"
     learns: bool = True
     remembered: int = 0
-    held_out: HeldOut = HeldOut()
     requests: int = 0
     updates: int = 0
     swaps: int = 0
@@ -86,8 +86,9 @@ class Replay:
 
     def _serve(self, trace: Trace, alphas_n: np.ndarray) -> Point:
         self.requests += 1
-        keep = self.held_out.keeps(self.seed, self.requests)
-        request = Request(f"{self.requests}", tuple(trace.tokens[: trace.positions[0]]), _SAMPLING, keep_all=keep)
+        prompt = tuple(trace.tokens[: trace.positions[0]].tolist())
+        keep = held_out_of(self.positions).keeps(self.seed, prompt, hungry=self._hungry)
+        request = Request(f"{self.requests}", prompt, _SAMPLING, keep_all=keep)
         judged: list[float] = []
         tokens = trace.tokens.tolist()  # as the engine's own list, of which the buffer takes what it has seen
         for first, drafted, accepted in rounds(alphas_n, self.gamma, self.seed, self.requests):
@@ -106,12 +107,17 @@ class Replay:
         logits_nV = _logits(trace, slice(first, first + written), self.vocabulary)
         return Observed(request, tokens, start, logits_nV, tuple(ids), accepted)
 
+    @property
+    def _hungry(self) -> bool:
+        return len(self.buffer.held["gate"]) < self.gate.least
+
     def _update(self) -> None:
-        buffer = self.buffer
-        if buffer.new < self.update_size or len(buffer.held["gate"]) < self.gate.least:
+        cold = self.updates < 2  # as a draft is that has never served: what it begins with is not known here
+        if self._hungry or self.buffer.new < self.pace.size(cold=cold, updates=self.updates, backoff=1):
             return
-        lot = buffer.take(round(self.update_size * Pace().window))
-        result = self.worker.run(Job(self.version, lot))
+        result = self.worker.run(Job(self.version, self.buffer.take(round(self.pace.update_size * self.pace.window))))
+        if result.error is not None:
+            raise CheckpointError(result.error)
         self.updates += 1
         if result.number is not None:
             restore(self.serving, self.worker.serving)
@@ -147,11 +153,12 @@ def alphas_of(learner: Learner, traces: Sequence[Trace]) -> list[np.ndarray]:
     return np.split(alpha_N, np.cumsum([trace.size for trace in traces])[:-1])
 
 
-def train_offline(learner: Learner, traces: Sequence[Trace], training: Training, seed: int) -> None:
-    """Trains on all positions of these answers, a tenth of them held out to stop by."""
+def train_offline(learner: Learner, traces: Sequence[Trace], training: Training, seed: int) -> int:
+    """Trains on all positions of these answers, a tenth of them held out to stop by. The steps that were taken."""
     stop = traces[::10]
     train = [trace for place, trace in enumerate(traces) if place % 10]
-    fit(learner, optimiser_of(learner, training), train, stop, training, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return fit(learner, optimiser_of(learner, training), train, stop, training, generator).steps
 
 
 def acceptance_on(learner: Learner, traces: Sequence[Trace]) -> float:

@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from limbeck.decoding import Sampling
 from limbeck.decoding.adaptive import Adaptive
@@ -63,13 +64,14 @@ def run(setting: Setting, cells: Cells) -> Result:
     )
     if setting.head_rows:
         result.remarks.append("The head's rows are the tokens that the domains' own texts, answers included, use most.")
-    names = ("target", "draft", "layers", "requests", "max_tokens", "temperature")
+    names = ("layers", "max_tokens", "temperature")
     ways = {**dict.fromkeys(_ways(material), _measure), **dict.fromkeys(PEERS, _peer)}
     for domain, way in product(setting.domains, ways):
         if way == "transformers, assisted" and setting.draft is None:
             continue  # it has no way to cut one
         own = () if way in PEERS else ("head_rows", "weights")
-        facts = {**setting.facts(*names, *own), "domain": vars(domain), "way": way, "seed": 0}
+        facts = {**setting.facts(*names, *own), **material.facts, "way": way, "seed": 0}
+        facts["prompts"] = material.digest(domain, setting.requests)
         found = cells.get(f"{domain.name}-{way}", facts, partial(ways[way], material, domain, way))
         result.add(way, 0, {f"{domain.name}: {name}": value for name, value in found.items()}, cells.all[-1])
     return result
@@ -188,6 +190,9 @@ def _peer(material: Material, domain: Domain, way: str) -> dict[str, float]:
     if way == "transformers, assisted":
         options = {"assistant_model": load_model(str(setting.draft), dtype=target.dtype)}
     shared = {"do_sample": setting.temperature > 0, "eos_token_id": list(stops), "pad_token_id": stops[0]}
+    if setting.temperature:
+        shared |= {"temperature": setting.temperature, "top_k": 0, "top_p": 1.0}
+    target.generation_config = GenerationConfig()  # a folder's own would draw from another distribution
     seconds, tokens = 0.0, 0
     for prompt in material.prompts(domain, setting.requests):
         ids_BT = torch.tensor([prompt])

@@ -10,20 +10,20 @@ from torch import Tensor
 
 from limbeck.decoding.live import Live
 
-GoOn = Callable[[Sequence[Sequence[float]]], bool]
-"""go_on(confidence[b][j]): whether another token is drafted after these. It is asked when all of them are in the
-proposal: a token is never dropped for what it is, which would bias the output."""
+GoOn = Callable[[Sequence[Live], Sequence[Sequence[float]]], bool]
+"""go_on(rows[b], confidence[b][j]): whether another token is drafted after these. It is asked when all of them are in
+the proposal: a token is never dropped for what it is, which would bias the output."""
 
 
 @dataclass(eq=False)
 class Proposal:
-    """Drafted tokens of some rows. Row b has len(tokens[b]) of them, at the indices after its newest token;
+    """Drafted tokens of `rows`, those that were ready. Row b has len(tokens[b]) of them, after its newest token;
     `confidence` is the draft's own probability of each at temperature 1, unfiltered (or an estimate in [0, 1]).
 
     raw_BGD, served_BGD: the logits that they came from, raw and as served, over the tokens `ids_D` (None: all, in
     order); `places_BG` says which column each token is. All None: q is a point mass on the token. `served_BGD` alone is
-    None where all rows are greedy. `steps` were taken, those after the first in `step_seconds` each (None: there were
-    none). `finite` is false where the draft gave NaN: then none of it counts.
+    None where all rows are greedy. `steps` were taken, after `read` columns had been read for rows that were behind, in
+    `read_seconds`. `finite` is false where the draft gave NaN: then none of it counts.
     """
 
     rows: Sequence[Live]
@@ -34,7 +34,8 @@ class Proposal:
     places_BG: Tensor | None = None
     ids_D: Tensor | None = None
     steps: int = 0
-    step_seconds: float | None = None
+    read: int = 0
+    read_seconds: float = 0.0
     finite: bool = True
 
 
@@ -70,8 +71,9 @@ class Draft(Protocol):
     @property
     def ids_D(self) -> Tensor | None: ...
 
-    def bind(self, vocabulary: int) -> None:
-        """Called once by the engine. PreflightError where the draft's vocabulary is not the target's."""
+    def bind(self, vocabulary: int, context: int | None = None) -> None:
+        """Called once by the engine, whose requests have `context` tokens at most. PreflightError where the draft's
+        vocabulary is not the target's."""
         ...
 
     def open(self, row: Live) -> None:
@@ -80,7 +82,11 @@ class Draft(Protocol):
 
     def propose(self, rows: Sequence[Live], most: Sequence[int], go_on: GoOn) -> Proposal:
         """At most `most[b]` (1 or more) tokens after the newest of each row; at least one, unless nothing can be
-        drawn there."""
+        drawn there. A row that is far behind is not ready before later calls have read on."""
+        ...
+
+    def behind(self, row: Live) -> int:
+        """Columns that must be read before a first step for this row: 0 where it begins with the step."""
         ...
 
     def settle(self, row: Live, known: int, hidden_TF: Tensor | None) -> None:

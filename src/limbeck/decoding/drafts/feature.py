@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from limbeck.decoding.clock import now
 from limbeck.decoding.drafts import GoOn, Proposal
 from limbeck.decoding.drafts.feature_net import FeatureNet
 from limbeck.decoding.drafts.head import DraftHead
 from limbeck.decoding.drafts.model import fitted
-from limbeck.decoding.drafts.steps import draft_by_steps
+from limbeck.decoding.drafts.steps import behind, draft_by_steps
 from limbeck.decoding.live import Live
 from limbeck.decoding.packed import check_packing, install, pack
+from limbeck.decoding.pieces import together
 from limbeck.decoding.ragged_cache import RaggedCache, causal_mask
 from limbeck.errors import PreflightError
 from limbeck.models import output_head, unwrap
@@ -43,18 +45,19 @@ class FeatureDraft:
         self.benched = False
         self.read: dict[Live, int] = {}  # columns of its slot made from the target's states
         self.unread: dict[Live, list[Tensor]] = {}
-        install(net, pack(net, weights))
+        install(pack(net, weights))
 
     @property
     def ids_D(self) -> Tensor | None:
         return self.head.ids_D
 
-    def bind(self, vocabulary: int) -> None:
+    def bind(self, vocabulary: int, context: int | None = None) -> None:
         if self.vocabulary != vocabulary:
             raise PreflightError(
                 f"feature draft: expected the engine's target, of {vocabulary} tokens, found one of {self.vocabulary}: "
                 "make the draft for the target that is served"
             )
+        self.cache.bound(context)
 
     def restrict(self, ids_D: Tensor | None) -> None:
         """From the next round on these tokens alone are drafted, beside those of a request itself (None: all)."""
@@ -63,10 +66,12 @@ class FeatureDraft:
     def open(self, row: Live) -> None:
         self.read[row] = 0
         self.unread[row] = []
+        self.cache.keep(len(self.read))
 
     def close(self, row: Live) -> None:
         del self.read[row], self.unread[row]
         self.head.close(row)
+        self.cache.keep(len(self.read))
 
     def move(self, source: int, target: int) -> None:
         self.cache.copy_row(source, target)
@@ -83,8 +88,22 @@ class FeatureDraft:
             self._catch_up([row])
         self.unread[row].append(hidden_TF.clone())
 
+    def behind(self, row: Live) -> int:
+        return behind(sum(map(len, self.unread[row])))
+
     def propose(self, rows: Sequence[Live], most: Sequence[int], go_on: GoOn) -> Proposal:
-        most = [0 if self.read[row] == _LOST else count for row, count in zip(rows, most, strict=True)]
+        wanted = {row: count for row, count in zip(rows, most, strict=True) if self.read[row] != _LOST}
+        if not wanted:
+            return Proposal([], [])
+        rows, device = list(wanted), self.embedding.weight.device
+        start = now(device)
+        read = self._read_ahead(rows)
+        read_s = now(device) - start
+        proposal = self._drafted(rows, list(wanted.values()), go_on)
+        proposal.read, proposal.read_seconds = read, read_s
+        return proposal
+
+    def _drafted(self, rows: Sequence[Live], most: Sequence[int], go_on: GoOn) -> Proposal:
         vocabulary = self.head.of(rows)
         state_B1H = torch.zeros(0)
 
@@ -111,7 +130,7 @@ class FeatureDraft:
         def put() -> None:
             for weight, tensor in new.items():
                 weight.data = tensor
-            install(self.net, packed)
+            install(packed)
             if self.benched:  # what it has read with its last weights may be NaN, and cannot be read again
                 self.cache.forget()
                 for row in [row for row, read in self.read.items() if read]:
@@ -124,12 +143,24 @@ class FeatureDraft:
         self.read[row] = _LOST
         self.unread[row] = []
 
+    def _read_ahead(self, rows: Sequence[Live]) -> int:
+        """Rows that are behind read all but the last of their columns, similar ones together. How many they were."""
+        late = [row for row in rows if self.behind(row)]
+        counts = [self.behind(row) for row in late]
+        for group in together(counts):
+            some = [late[place] for place in group]
+            features = [torch.cat(self.unread[row]) for row in some]
+            for row, piece in zip(some, features, strict=True):
+                self.unread[row] = [piece[:-1]]
+            self._catch_up(some)
+            for row, piece in zip(some, features, strict=True):
+                self.unread[row] = [piece[-1:].clone()]
+        return sum(counts)
+
     def _catch_up(self, rows: Sequence[Live]) -> Tensor:
-        """Reads what the target has made of these rows since. The states (B, 1, H) of their last columns; those of a
-        lost row mean nothing."""
-        starts = [max(self.read[row], 0) for row in rows]
-        nothing = [self.net.fuse.weight.new_zeros(1, self.net.fuse.in_features)]
-        features = [torch.cat(self.unread[row] or nothing) for row in rows]
+        """Reads what the target has made of these rows since. The states (B, 1, H) of their last columns."""
+        starts = [self.read[row] for row in rows]
+        features = [torch.cat(self.unread[row]) for row in rows]
         states_BQH = self.net.fuse(
             torch.nn.utils.rnn.pad_sequence(features, batch_first=True).to(self.net.fuse.weight.dtype)
         )
@@ -139,8 +170,7 @@ class FeatureDraft:
         ]
         states_BQH = self._run(rows, states_BQH, tokens, starts)
         for row, start, piece in zip(rows, starts, features, strict=True):
-            if self.read[row] != _LOST:
-                self.read[row] = start + len(piece)
+            self.read[row] = start + len(piece)
             self.unread[row] = []
         return states_BQH[range(len(rows)), [len(piece) - 1 for piece in features]][:, None]
 

@@ -24,6 +24,7 @@ from limbeck.types import Head
 
 class DraftHead:
     """Scores the tokens `ids_D` (sorted, without repeats; None: all `vocabulary`) with packed weights, and some more.
+    Where the body has int4 the head has int8: what is drafted depends on it most, and of the bytes it is little.
 
     `new`: weights by parameter, in place of the head's own. ModelError for `ids_D` that are none or no tokens.
     """
@@ -45,7 +46,7 @@ class DraftHead:
             raise ModelError(f"draft vocabulary: expected tokens from 0 to {vocabulary - 1}, found others or none")
         self.ids_D = None if ids_D is None else ids_D.to(self.weight_VH.device).unique()
         rows: Any = slice(0, vocabulary) if self.ids_D is None else self.ids_D
-        self.project = Linear(self.weight_VH[rows], None, weights)
+        self.project = Linear(self.weight_VH[rows], None, "int8" if weights == "int4" else weights)
         self.bias_D = None if self.bias_V is None else self.bias_V[rows]
         self.common = set[int]() if self.ids_D is None else set(self.ids_D.tolist())
         self.rare: dict[Live, tuple[int, set[int]]] = {}  # tokens looked through, those outside ids_D

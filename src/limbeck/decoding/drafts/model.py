@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from limbeck.decoding.clock import now
 from limbeck.decoding.drafts import GoOn, Proposal
 from limbeck.decoding.drafts.head import DraftHead
-from limbeck.decoding.drafts.steps import draft_by_steps
+from limbeck.decoding.drafts.steps import behind, draft_by_steps
 from limbeck.decoding.live import Live
+from limbeck.decoding.pieces import PIECE, together
 from limbeck.decoding.reader import Reader
 from limbeck.errors import ModelError, PreflightError
-
-_PREFILL = 4  # unread tokens from which a row reads alone, before the others' first step
 
 
 class ModelDraft:
@@ -40,12 +40,13 @@ class ModelDraft:
     def ids_D(self) -> Tensor | None:
         return self.head.ids_D
 
-    def bind(self, vocabulary: int) -> None:
+    def bind(self, vocabulary: int, context: int | None = None) -> None:
         if self.vocabulary != vocabulary:
             raise PreflightError(
                 f"draft: expected the target's vocabulary of {vocabulary} tokens, found {self.vocabulary}: declare the "
                 "tokens that they share by limbeck.models.set_vocabulary, or take a draft of the target's family"
             )
+        self.reader.rows.bound(context)
 
     def restrict(self, ids_D: Tensor | None) -> None:
         """From the next round on these tokens alone are drafted, beside those of a request itself (None: all)."""
@@ -53,10 +54,12 @@ class ModelDraft:
 
     def open(self, row: Live) -> None:
         self.read[row] = 0
+        self.reader.rows.keep(len(self.read))
 
     def close(self, row: Live) -> None:
         del self.read[row]
         self.head.close(row)
+        self.reader.rows.keep(len(self.read))
 
     def move(self, source: int, target: int) -> None:
         self.reader.rows.copy_row(source, target)
@@ -64,15 +67,27 @@ class ModelDraft:
     def settle(self, row: Live, known: int, hidden_TF: Tensor | None) -> None:
         self.read[row] = min(self.read[row], known)
 
+    def behind(self, row: Live) -> int:
+        return behind(len(row.tokens) - self.read[row])
+
     def propose(self, rows: Sequence[Live], most: Sequence[int], go_on: GoOn) -> Proposal:
         limit = self.reader.limit
         if limit is not None:  # its context may end before the target's
-            most = [max(min(count, limit + 1 - len(row.tokens)), 0) for row, count in zip(rows, most, strict=True)]
+            most = [min(count, limit + 1 - len(row.tokens)) for row, count in zip(rows, most, strict=True)]
+        wanted = {row: count for row, count in zip(rows, most, strict=True) if count > 0}
+        start = now(self.reader.device)
+        read = self._catch_up(list(wanted))
+        read_s = now(self.reader.device) - start
+        rows = [row for row in wanted if not self.behind(row)]
+        proposal = self._drafted(rows, [wanted[row] for row in rows], go_on) if rows else Proposal([], [])
+        proposal.read, proposal.read_seconds = read, read_s
+        return proposal
+
+    def _drafted(self, rows: Sequence[Live], most: Sequence[int], go_on: GoOn) -> Proposal:
         slots = [row.slot for row in rows]
         vocabulary = self.head.of(rows)
 
         def first() -> Tensor:
-            self._catch_up(rows)
             starts = [self.read[row] for row in rows]
             unread = [row.tokens[start:] for row, start in zip(rows, starts, strict=True)]
             hidden_BQH, _ = self.reader.read(slots, unread, starts)
@@ -113,15 +128,20 @@ class ModelDraft:
 
         return put
 
-    def _catch_up(self, rows: Sequence[Live]) -> None:
-        """Rows with much to read, a prompt for instance, read all but their newest token."""
-        late = [row for row in rows if len(row.tokens) - self.read[row] > _PREFILL]
-        if late:
-            starts = [self.read[row] for row in late]
-            tokens = [row.tokens[start:-1] for row, start in zip(late, starts, strict=True)]
-            self.reader.read([row.slot for row in late], tokens, starts)
-            for row in late:
-                self.read[row] = len(row.tokens) - 1
+    def _catch_up(self, rows: Sequence[Live]) -> int:
+        """Rows that are behind read on, a piece each at most, whoever is beside them: what a request is given does not
+        depend on that. How many columns they have read."""
+        late = [row for row in rows if self.behind(row)]
+        counts = [min(self.behind(row), PIECE) for row in late]
+        for group in together(counts):
+            starts = [self.read[late[place]] for place in group]
+            texts = [
+                late[place].tokens[start : start + counts[place]] for place, start in zip(group, starts, strict=True)
+            ]
+            self.reader.read([late[place].slot for place in group], texts, starts)
+            for place in group:
+                self.read[late[place]] += counts[place]
+        return sum(counts)
 
 
 def fitted(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:

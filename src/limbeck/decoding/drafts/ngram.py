@@ -15,6 +15,7 @@ from limbeck.decoding.live import Live
 from limbeck.errors import ModelError
 
 _LONGEST = 32  # matched tokens that are counted
+_KEYS = 100_000  # requests whose random numbers are remembered: more than go into the cache in its time
 
 Index = dict[tuple[int, ...], tuple[Sequence[int], int]]
 """For the tokens of an n-gram: the text that holds it, and the place after it there."""
@@ -33,7 +34,9 @@ class NgramDraft:
     have ended, each for `shared_seconds` (0 tokens: no cache); none of a request whose `train` is false.
 
     With such a cache the other traffic decides what is proposed, and so which of the tokens that the target's
-    distribution allows a seeded request is given: the distribution is the same, the completion may be another.
+    distribution allows a seeded request is given: the distribution is the same, the completion may be another. That
+    holds where the proposals do not depend on the request's own random numbers. A sampled request is given nothing of
+    the cache once another one with the same seed, stream and sample has gone into it, whose text they have drawn.
     """
 
     version = 0
@@ -49,12 +52,16 @@ class NgramDraft:
         self.shared: Index = {}
         self.kept: deque[tuple[float, list[int]]] = deque()  # when a request ended, its tokens
         self.kept_tokens = 0
+        self.drawn: dict[tuple[int, int], None] = {}  # the keys of the sampled requests in it, and of some before
 
-    def bind(self, vocabulary: int) -> None:
+    def bind(self, vocabulary: int, context: int | None = None) -> None:
         """It knows no vocabulary: it repeats tokens that it has seen."""
 
     def open(self, row: Live) -> None:
         self.own[row] = _Own()
+
+    def behind(self, row: Live) -> int:
+        return 0
 
     def settle(self, row: Live, known: int, hidden_TF: Tensor | None) -> None:
         """It has no state that a rejection could spoil."""
@@ -69,6 +76,11 @@ class NgramDraft:
         del self.own[row]
         if not row.request.train or len(row.tokens) > self.shared_tokens:
             return
+        if row.request.sampling.temperature > 0:
+            self.drawn.pop(row.keys[0], None)
+            self.drawn[row.keys[0]] = None
+            if len(self.drawn) > _KEYS:
+                del self.drawn[next(iter(self.drawn))]
         now = monotonic()
         self.kept.append((now, row.tokens))
         self.kept_tokens += len(row.tokens)
@@ -97,7 +109,8 @@ class NgramDraft:
         self.expire()
         found: tuple[Sequence[int], int] = ((), 0)
         places = [(tokens, own.index[key])] if key in own.index else []
-        places += [self.shared[key]] if key in self.shared else []
+        drawn = row.request.sampling.temperature > 0 and row.keys[0] in self.drawn
+        places += [self.shared[key]] if key in self.shared and not drawn else []
         for text, place in places:
             length = self.size
             while length < min(_LONGEST, place, len(tokens)) and text[place - length - 1] == tokens[-length - 1]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -12,6 +11,14 @@ from limbeck.decoding.drafts import GoOn, Proposal
 from limbeck.decoding.drafts.head import Vocabulary
 from limbeck.decoding.live import DRAFT, Live, by_shape, random_numbers, served_at
 from limbeck.decoding.sampler import draw
+
+_STEP = 2
+
+
+def behind(unread: int) -> int:
+    """Columns that a row with so many unread ones reads before its first step, which is made for two at most: those of
+    its newest token and of the drafted one before it, which the draft itself has not read."""
+    return 0 if unread <= _STEP else unread - 1
 
 
 def draft_by_steps(
@@ -34,11 +41,8 @@ def draft_by_steps(
     places: list[Tensor] = []
     live = [limit > 0 for limit in most]
     newest = [row.tokens[-1] for row in rows]
-    begin = 0.0
     while any(live):
         step = len(raw)
-        if step == 1:
-            begin = perf_counter()  # the first step reads what the target has written since
         raw_BD = then(newest, step) if step else first()
         uniforms_B = None if uniforms_BG is None else uniforms_BG[:, step]
         served_BD, places_B = _drawn(raw_BD, proposal, groups, uniforms_B, vocabulary.size)
@@ -60,11 +64,9 @@ def draft_by_steps(
                 proposal.confidence[place].append(confidence)
                 ended = token in rows[place].request.sampling.stop_tokens
                 live[place] = not ended and step + 1 < most[place]
-        if any(live) and not go_on(proposal.confidence):
+        if any(live) and not go_on(rows, proposal.confidence):
             break
     proposal.steps = len(raw)
-    if proposal.steps > 1:
-        proposal.step_seconds = (perf_counter() - begin) / (proposal.steps - 1)
     if raw:
         proposal.raw_BGD = torch.stack(raw, 1)
         proposal.served_BGD = torch.stack(served, 1) if sampled else None

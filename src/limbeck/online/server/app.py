@@ -48,7 +48,7 @@ class Served:
 
 
 TRAIN = Header(None, alias="X-Limbeck-Train", description="`false` keeps this request out of buffer, gate and disk")
-ROUTE = Header(None, alias="X-Limbeck-Route", description="the draft to use")
+ROUTE = Header(None, alias="X-Limbeck-Route", max_length=256, description="the draft to use")
 ACCEPTANCE = Header(None, alias="X-Limbeck-Acceptance", description="`true` adds what drafting did to `usage`")
 
 
@@ -150,7 +150,7 @@ class Desk:
             int(time.time()),
             logprobs=wanted.logprobs is not None and wanted.logprobs is not False,
             acceptance=wanted.acceptance,
-            usage=wanted.stream_options is not None and wanted.stream_options.include_usage,
+            usage=wanted.acceptance or (wanted.stream_options is not None and wanted.stream_options.include_usage),
             stream_tokens=served.stream_tokens,
         )
         call = Call(served.service, choices, on_tokens=self.metrics.count_tokens, on_close=self._closed)
@@ -168,7 +168,8 @@ class Desk:
             call.close()
         if call.open:
             return Response(status_code=CLIENT_LEFT)
-        return JSONResponse(form.whole(call, read), headers={"x-request-id": id})
+        body = await asyncio.to_thread(form.whole, call, read)  # token by token: others write on meanwhile
+        return JSONResponse(body, headers={"x-request-id": id})
 
     def _take_in(self, count: int) -> None:
         most = self.served.limits.in_flight
@@ -215,7 +216,7 @@ class Desk:
                 self._most_tokens(wanted, prompt),
                 temperature=0.0 if wanted.temperature < GREEDY_BELOW else wanted.temperature,
                 top_p=wanted.top_p,
-                top_k=wanted.top_k,
+                top_k=max(wanted.top_k, 0),
                 seed=seed,
                 stop_tokens=self.served.stop_tokens,
                 stop_strings=tuple(wanted.stop),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from array import array
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files
@@ -16,16 +17,16 @@ from limbeck.errors import LimbeckError
 from limbeck.online.server.openai_api import ApiError
 
 LOG = logging.getLogger(__name__)
-_POINTS = 1200  # kept; then every second one goes, and they come half as often
+_POINTS = 1200  # kept of a whole life; then every second one goes, and they come half as often
+_RECENT = 90  # the newest, each a second after the one before
 _OF_DRAFT = ("verified", "alpha_sum", "proposals", "drafted")
 
 
-class History:
-    """Running totals of a service at points in time, as columns. Any stretch of them can be told from its two ends, so
-    that points may be left out: it covers the whole life of a service in a bounded number of them."""
+class Columns:
+    """Running totals of a service at points in time. Any stretch of them can be told from its two ends, so that points
+    may be left out."""
 
     def __init__(self) -> None:
-        self.period = 1.0  # s
         self.times, self.tokens = array("d"), array("d")
         self.drafts: dict[str, dict[str, array[float]]] = {}
 
@@ -36,13 +37,13 @@ class History:
             columns = self.drafts.setdefault(name, {key: array("d") for key in _OF_DRAFT})
             for key, column in columns.items():
                 column.append(found[key])
-        if len(self.times) > _POINTS:
-            self.period *= 2
-            self.times, self.tokens = self.times[::2], self.tokens[::2]
-            for columns in self.drafts.values():
-                columns.update({key: column[::2] for key, column in columns.items()})
 
-    def columns(self) -> dict[str, Any]:
+    def keep(self, points: slice) -> None:
+        self.times, self.tokens = self.times[points], self.tokens[points]
+        for columns in self.drafts.values():
+            columns.update({key: column[points] for key, column in columns.items()})
+
+    def plain(self) -> dict[str, Any]:
         """As JSON has it."""
         return {
             "t": [round(t, 2) for t in self.times],
@@ -54,22 +55,50 @@ class History:
         }
 
 
+class History:
+    """The whole life of a service in a bounded number of points, and its last minute and a half in all of them. A point
+    is added every second; from any thread."""
+
+    def __init__(self) -> None:
+        self.period = 1  # one in so many points is kept for good
+        self.count = 0
+        self.whole, self.recent = Columns(), Columns()
+        self.lock = threading.Lock()
+
+    def add(self, snapshot: Mapping[str, Any]) -> None:
+        with self.lock:
+            self.recent.add(snapshot)
+            if len(self.recent.times) > _RECENT:
+                self.recent.keep(slice(1, None))
+            if self.count % self.period == 0:
+                self.whole.add(snapshot)
+                if len(self.whole.times) > _POINTS:
+                    self.period *= 2
+                    self.whole.keep(slice(None, None, 2))
+            self.count += 1
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        with self.lock:
+            return {"history": self.whole.plain(), "recent": self.recent.plain()}
+
+
 class Dashboard:
     def __init__(self, service: Any, model: str) -> None:
         self.service, self.model = service, model
         self.history = History()
 
     async def sample(self) -> None:
-        """Adds a point to the history now and then, until it is cancelled."""
+        """Adds a point to the history every second, until it is cancelled."""
         while True:
             try:
-                self.history.add(self.service.snapshot())
+                self.history.add(await asyncio.to_thread(self.service.snapshot))  # it may wait for a lock
             except Exception:  # the page is not worth a server
                 LOG.exception("dashboard: expected a point of the history, found an error")
-            await asyncio.sleep(self.history.period)
+            await asyncio.sleep(1)
 
     def data(self) -> dict[str, Any]:
-        return {**self.service.snapshot(), "model": self.model, "history": self.history.columns()}
+        return {**self.service.snapshot(), "model": self.model, **self.history.plain()}
 
     def add_routes(self, app: FastAPI) -> None:
         page = files("limbeck.online.server").joinpath("page.html").read_text(encoding="utf-8")
@@ -84,7 +113,7 @@ class Dashboard:
             return HTMLResponse(page, headers=headers)
 
         @app.get("/dashboard.json")
-        async def data() -> dict[str, Any]:
+        def data() -> dict[str, Any]:  # in a thread, as the snapshot may wait for a lock
             return self.data()
 
         actions: dict[str, Callable[[str | None], Any]] = {

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -91,6 +92,14 @@ class Rates:
         return 0.0 if allowed else (1 - left) / self.per_second
 
 
+def _host(origin: str) -> str:
+    """Of `scheme://host:port`; of a page without an origin, which says `null`, nothing."""
+    try:
+        return urlsplit(origin).hostname or ""
+    except ValueError:
+        return ""
+
+
 def loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -104,7 +113,8 @@ def too_many(message: str, seconds: float) -> ApiError:
 
 
 class Gate:
-    """ASGI: refuses what has no key, comes too often, is too large, or names another host."""
+    """ASGI: refuses what has no key, comes too often, is too large, names another host, or may be the work of another
+    site's page: a browser sends its POST here without asking, unless it says that it is JSON."""
 
     def __init__(self, app: ASGIApp, limits: Limits, keys: Keys | None) -> None:
         self.app, self.limits, self.keys = app, limits, keys
@@ -132,6 +142,10 @@ class Gate:
             name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
             if not loopback(name.strip("[]")):
                 raise ApiError(403, f"expected this machine's own name as host, found {name!r}", code="wrong_host")
+            origin = headers.get("origin")
+            if origin is not None and not loopback(_host(origin)):
+                message = f"expected a page of this machine's own, found one of {origin!r}"
+                raise ApiError(403, message, code="wrong_origin")
         elif path not in OPEN:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             found = self.keys.find(key.strip()) if scheme.lower() == "bearer" else None
@@ -143,7 +157,13 @@ class Gate:
                     headers={"www-authenticate": "Bearer"},
                 )
             client = found
-        if self.rates is not None and path.startswith("/v1/") and scope["method"] == "POST":
+        if not (path.startswith("/v1/") and scope["method"] == "POST"):
+            return
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            message = f"expected the header `Content-Type: application/json`, found {kind or 'none'!r}"
+            raise ApiError(415, message, code="unsupported_media_type")
+        if self.rates is not None:
             wait = self.rates.wait(client, time.monotonic())
             if wait:
                 raise too_many(f"expected at most {self.limits.per_minute:g} requests a minute, found more", wait)

@@ -18,8 +18,8 @@ _LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5
 _STATE = (
     ("vllm:num_requests_running", "Requests that are written.", "running"),
     ("vllm:num_requests_waiting", "Requests that wait.", "waiting"),
-    ("limbeck:net_speedup", "Against the plain decoding that is sampled now and then.", "speedup"),
-    ("limbeck:plain_tokens_per_second", "Of that plain decoding.", "plain_tokens_per_s"),
+    ("limbeck:net_speedup", "Against plain decoding while nothing trains; what is served pays for it.", "speedup"),
+    ("limbeck:plain_tokens_per_second", "Of that plain decoding, which is sampled now and then.", "plain_tokens_per_s"),
 )
 _VLLM = (
     ("vllm:spec_decode_num_drafts", "Proposals of drafts.", "proposals"),
@@ -35,6 +35,7 @@ _COUNTERS = (
     ("limbeck:draft_undecided", "New versions of which the gate could not tell.", "undecided"),
     ("limbeck:draft_rollbacks", "Swaps that were taken back.", "rollbacks"),
     ("limbeck:draft_failures", "Updates, swaps and the like that ended with an error.", "failures"),
+    ("limbeck:draft_reranks", "Changes of the tokens that it may draft.", "reranks"),
     ("limbeck:draft_restarts", "Processes of updates that were started in place of dead ones.", "restarts"),
 )
 _GAUGES = (

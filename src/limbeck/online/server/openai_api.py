@@ -61,12 +61,14 @@ class Wanted(Told):
     presence_penalty: Number = Field(0.0, ge=-2, le=2)
     frequency_penalty: Number = Field(0.0, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    top_k: int = Field(0, ge=0, le=2**31, description="limbeck: draw from the k likeliest tokens (0: all)")
+    top_k: int = Field(0, ge=-1, le=2**31, description="limbeck: draw from the k likeliest tokens (0 or -1: all)")
     min_tokens: int = Field(0, ge=0, description="limbeck: no end of text before so many tokens")
-    repetition_penalty: Number = Field(1.0, gt=0, le=10, description="limbeck: counts the prompt too")
+    repetition_penalty: Number = Field(1.0, ge=0.1, le=10, description="limbeck: counts the prompt too")
     train: bool = Field(True, description="limbeck: false keeps this request out of buffer, gate and disk")
-    route: str | None = Field(None, max_length=256, description="limbeck: the draft to use")
-    acceptance: bool = Field(False, description="limbeck: adds what drafting did to `usage`")
+    route: str | None = Field(
+        None, max_length=256, description="limbeck: the draft to use; where routing is learned, or a kind of traffic"
+    )
+    acceptance: bool = Field(False, description="limbeck: adds what drafting did to `usage`, a stream's too")
 
     @model_validator(mode="before")
     @classmethod
@@ -179,10 +181,11 @@ def sse(data: object) -> bytes:
     return f"data: {text}\n\n".encode()
 
 
-def chat_logprobs(tokens: list[str], logprobs: list[float]) -> dict[str, Any]:
+def chat_logprobs(tokens: list[str], parts: list[bytes | None], logprobs: list[float]) -> dict[str, Any]:
+    """`parts`: the bytes of each token; None: not known."""
     content = [
-        {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
-        for token, logprob in zip(tokens, logprobs, strict=True)
+        {"token": token, "logprob": logprob, "bytes": None if part is None else list(part), "top_logprobs": []}
+        for token, part, logprob in zip(tokens, parts, logprobs, strict=True)
     ]
     return {"content": content, "refusal": None}
 

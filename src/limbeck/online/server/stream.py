@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from limbeck.decoding.requests import Counters, Event, FinishReason, Request
 from limbeck.errors import LimbeckError
 from limbeck.online.server.openai_api import ApiError, chat_logprobs, sse, text_logprobs
 from limbeck.online.server.text import Detokenizer
+from limbeck.online.service import ServiceEnded
+
+_PATIENCE = 60.0  # s that a client may leave what it was sent unread
 
 
 class Backend(Protocol):
@@ -97,10 +100,13 @@ class Call:
         self.closed = False
 
     def submit(self) -> None:
-        """ApiError for a request that the engine refuses."""
+        """ApiError for a request that the engine refuses, and where it has ended."""
         try:
             for choice in self.choices:
                 self.backend.submit(choice.request, self._deliver)
+        except ServiceEnded as error:
+            self.close()
+            raise ApiError(503, str(error), kind="server_error", code="engine_ended") from None
         except LimbeckError as error:
             self.close()
             raise ApiError(400, str(error)) from None
@@ -231,9 +237,9 @@ class Form:
     def _logprobs(self, choice: Choice, piece: Piece) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
-        tokens = [choice.writer.decode([token], special=True) for token in piece.tokens]
+        tokens = [choice.writer.text_of(token) for token in piece.tokens]
         if self.kind == "chat":
-            return chat_logprobs(tokens, piece.logprobs)
+            return chat_logprobs(tokens, [choice.writer.bytes_of(token) for token in piece.tokens], piece.logprobs)
         return text_logprobs(tokens, piece.logprobs, piece.offsets)
 
 
@@ -255,7 +261,8 @@ def accepted(counted: Any) -> dict[str, Any]:
 
 
 class EventStream(Response):
-    """Server-sent events of a call; it ends with its client, also one that leaves before the first byte."""
+    """Server-sent events of a call; it ends with its client, also one that leaves before the first byte, or that stays
+    without reading."""
 
     media_type = "text/event-stream"
 
@@ -265,14 +272,18 @@ class EventStream(Response):
         self.init_headers({"cache-control": "no-cache", **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def put(message: Message) -> None:
+            async with asyncio.timeout(_PATIENCE):
+                await send(message)
+
         watcher = asyncio.create_task(close_with_client(self.call, receive))
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await put({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for line in self.lines:
-                await send({"type": "http.response.body", "body": line, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except OSError:
-            pass  # the client is gone
+                await put({"type": "http.response.body", "body": line, "more_body": True})
+            await put({"type": "http.response.body", "body": b"", "more_body": False})
+        except OSError:  # TimeoutError is one
+            pass  # the client is gone, or as good as gone
         finally:
             watcher.cancel()
             self.call.close()

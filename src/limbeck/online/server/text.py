@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import cache
 from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from limbeck.data import render
 from limbeck.errors import DataError
@@ -23,7 +27,7 @@ class Encoder:
         self.lock = threading.Lock()
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """By the tokenizer's own template, ready for the answer; earlier turns as it writes them today, changed or not."""
+        """By the tokenizer's own template, ready for the answer; earlier turns as it writes them by now."""
         return self._render({"messages": messages}, "messages")
 
     def text(self, prompt: str) -> list[int]:
@@ -95,8 +99,31 @@ class Detokenizer:
         before = self.decode(self.tokens[self.known : self.read])
         return self.decode(self.tokens[self.known :])[len(before) :]
 
-    def decode(self, tokens: list[int], *, special: bool = False) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def text_of(self, token: int) -> str:
+        """What this token adds behind another one, special tokens by their names."""
+        return self.tokenizer.convert_tokens_to_string(["a", self._word(token)])[1:]
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """Its bytes, also where they are a part of a character. None: the tokenizer does not say."""
+        if "\ufffd" not in (text := self.text_of(token)):
+            return text.encode()
+        word = self._word(token)
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", word):  # SentencePiece's
+            return bytes([int(word[3:5], 16)])
+        known = _bytes_of_characters()
+        return bytes(known[character] for character in word) if known.keys() >= set(word) else None
+
+    def _word(self, token: int) -> str:
+        return self.tokenizer.convert_ids_to_tokens(token) or ""  # not every number need be a token
+
+
+@cache
+def _bytes_of_characters() -> dict[str, int]:
+    """Byte-level BPE writes each byte as a character of its own."""
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def _overlap(text: str, stop: str) -> int:
