@@ -181,7 +181,7 @@ def serve(
     layers: Annotated[
         str | None, typer.Option(help="comma-separated, for layers: 0,2,5; by default every other")
     ] = None,
-    weights: Annotated[str, typer.Option(help="of the draft's model: own, or int8 (on a CPU)")] = "own",
+    weights: Annotated[str, typer.Option(help="of the draft's model: own, or on a CPU int8 or int4")] = "own",
     head_rows: Annotated[
         int | None, typer.Option(min=1, help="tokens that the draft may write beside a request's own; by default all")
     ] = None,
@@ -273,7 +273,7 @@ def study(
     learning_rate: Annotated[float, typer.Option(help="of the draft's optimiser")] = 1e-3,
     gamma: Annotated[int, typer.Option(min=1, help="drafted tokens a round, where it is fixed")] = 4,
     head_rows: Annotated[int, typer.Option(min=0, help="osd-speedup: rows of the draft's head; 0: all")] = 0,
-    weights: Annotated[str, typer.Option(help="osd-speedup: the draft's weights, own or int8")] = "own",
+    weights: Annotated[str, typer.Option(help="osd-speedup: the draft's weights: own, int8 or int4")] = "own",
     out: Annotated[Path, typer.Option(help="the folder for NAME.md, NAME.csv and NAME.png")] = Path("docs/studies"),
     work: Annotated[Path, typer.Option(help="recorded answers and finished cells")] = Path("runs/studies"),
 ) -> None:

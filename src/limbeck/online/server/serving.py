@@ -50,7 +50,7 @@ class Options:
     """Of `limbeck serve`. draft: a folder, of a model or of a feature draft. draft_kind: `model` or `feature` (the
     defaults for such folders; without one a feature draft is fresh), `layers` cut from a model or else from the target
     (the default), or `ngram` alone. layers: which; by default every other one of the first. weights: of the draft's
-    model, `own` or `int8` (on a CPU). head_rows: tokens that it may draft beside a request's own (None: all),
+    model, `own`, or on a CPU `int8` or `int4`. head_rows: tokens that it may draft beside a request's own (None: all),
     head_text: a file whose texts say which. gamma: drafted tokens a round; None: as many as pay. folder: where the
     drafts' versions are kept. context: tokens of prompt and completion together, at most (None: the model's own bound);
     memory is kept for as many.
