@@ -121,6 +121,10 @@ def test_serve_makes_the_draft_that_is_asked_for(folder: str, tmp_path: Path) ->
     assert said["ngram"] == "n-grams of the requests themselves, not learning"
     assert said["still"] == "layers 0, 2 of the target's 5, not learning"
     services = {name: served.service for name, (served, _) in made.items()}
+    haste = {name: services[name].learning[name.split()[0]].cold for name in ("layers", "layers of", "model")}
+    assert haste == {"layers": True, "layers of": True, "model": False}
+    rates = [services[name].learning[name].training.learning_rate for name in ("layers", "model")]
+    assert rates[0] == 10 * rates[1]
     assert [set(service.engine.drafts) for service in services.values()] == [
         {"layers", "ngram"},
         {"layers", "ngram"},
@@ -178,7 +182,7 @@ def test_serve_takes_a_feature_draft_by_its_folder(folder: str, tmp_path: Path) 
     place = tmp_path / "draft"
     save_feature(feature_net(load_model(folder), seed=7), place)
     served, described = assemble(options(folder, tmp_path, draft=str(place), weights="int8", head_rows=40), None)
-    assert described.startswith(f"a layer on the target's hidden states, {place}, cold; learning")
+    assert described.startswith(f"a layer on the target's hidden states, {place}; learning")
     learning, draft = served.service.learning["feature"], served.service.engine.drafts["feature"]
     assert learning.buffer.taps and draft.ids_D is not None and len(draft.ids_D) == 40
     assert draft.head.project.packed is not None

@@ -102,6 +102,7 @@ class Learning:
 
     From `start` on a thread waits for the buffer to fill, has the updater train and gate, and has the draft's new
     weights put in place between two rounds. A dead updater is started again; whatever fails, serving goes on.
+    `cold`: it begins as one that has learnt nothing (see `Pace`).
     RecipeError for a buffer that holds out fewer requests than the gate can decide on.
     """
 
@@ -114,6 +115,7 @@ class Learning:
     pace: Pace = field(default_factory=Pace)
     watch: Watch = field(default_factory=Watch)
     seed: int = 0
+    cold: bool = True
 
     def __post_init__(self) -> None:
         if self.buffer.held_out < self.gate.least:
@@ -127,7 +129,6 @@ class Learning:
         )
         self.tally = Tally()
         self.serving = 0
-        self.cold = True
         self.backoff = 1
         self.broken = False  # by an error in the engine's thread: it learns no more
         self._asked: int | None = None  # the version to be taken back
@@ -155,7 +156,7 @@ class Learning:
         if newest is not None:
             self.updater.ready()
             self.draft.prepare(self.versions.weights(newest), newest)()
-            self.serving, self.cold = newest, newest == 0
+            self.serving, self.cold = newest, self.cold and newest == 0
         self._last = time.monotonic()
         self._thread.start()
 

@@ -138,7 +138,9 @@ def _stops(material: Material) -> tuple[int, ...]:
 
 def _answer(engine: Engine, request: Request, sums: Run) -> list[int]:
     engine.add(request)
-    tokens = [token for event in engine.step() for token in event.tokens]  # reads the prompt, writes at once some
+    tokens: list[int] = []
+    while not tokens:  # reads the prompt, in pieces if it is long, and writes at once some
+        tokens = [token for event in engine.step() for token in event.tokens]
     written, start = len(tokens), time.perf_counter()
     while engine.busy:
         for event in engine.step():

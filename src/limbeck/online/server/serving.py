@@ -31,7 +31,7 @@ from limbeck.errors import CheckpointError, PreflightError, RecipeError
 from limbeck.models import cast, eos_tokens, load_model, load_tokenizer, probe_autocast, set_vocabulary
 from limbeck.online.buffer import Buffer, Positions
 from limbeck.online.feature_learner import feature_learner
-from limbeck.online.learner import model_learner
+from limbeck.online.learner import Training, model_learner
 from limbeck.online.learning import Learning, Taught
 from limbeck.online.routing import Routing
 from limbeck.online.server.app import Served, create_app
@@ -42,6 +42,7 @@ from limbeck.online.versions import Versions, fingerprint
 from limbeck.online.vocabulary import likely_tokens
 
 LAYERS, MODEL, NGRAM = "layers", "model", "ngram"
+_COLD_RATE, _TRAINED_RATE = 1e-3, 1e-4  # of learning, at first: see `Worker`
 _KINDS = (LAYERS, MODEL, FEATURE, NGRAM)  # the names of main drafts
 
 
@@ -84,11 +85,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Made:
-    """A draft, how its learner is made (None: it learns nothing), and what it is, in words."""
+    """A draft, how its learner is made (None: it learns nothing), and what it is, in words. trained: before, so that it
+    is not to be taught in haste."""
 
     draft: Taught | NgramDraft
     build: Build | None
     described: str
+    trained: bool = False
 
 
 def serve(options: Options, say: Any = print) -> None:
@@ -150,9 +153,11 @@ def assemble(options: Options, keys: Keys | None) -> tuple[Served, str]:
         folder, words = options.folder / name / draft, one.described
         if options.learning and one.build is not None and not isinstance(one.draft, NgramDraft):
             buffer = Buffer(positions=options.positions, taps=bool(one.draft.taps))
-            learning[draft] = Learning(one.draft, one.build, folder, buffer)
+            training = Training(learning_rate=_TRAINED_RATE if one.trained else _COLD_RATE)
+            learning[draft] = Learning(one.draft, one.build, folder, buffer, training, cold=not one.trained)
             newest = learning[draft].versions.newest()
-            words += f", version {newest} of {folder}" if newest else f", cold; learning, versions in {folder}"
+            begins = "" if one.trained else ", cold"
+            words += f", version {newest} of {folder}" if newest else f"{begins}; learning, versions in {folder}"
         else:
             newest = _take_up(one.draft, one.build, folder) if one.build is not None else None
             words += f", version {newest} of {folder}, not learning" if newest else ", not learning"
@@ -252,7 +257,7 @@ def make_draft(options: Options, kind: str, target: Any, tokenizer: Any) -> Made
         net = feature_net(target, path)
         build = partial(feature_learner, options.target, draft=path, vocabulary=rows)
         words = f"a layer on the target's hidden states, {'fresh' if path == FEATURE else path}"
-        return Made(FeatureDraft(net, target, weights=weights, ids_D=ids_D), build, words)
+        return Made(FeatureDraft(net, target, weights=weights, ids_D=ids_D), build, words, trained=path != FEATURE)
     if kind == LAYERS:
         source = target if options.draft is None else _draft_model(options.draft, target, tokenizer)
         count = source.config.get_text_config().num_hidden_layers
@@ -268,7 +273,7 @@ def make_draft(options: Options, kind: str, target: Any, tokenizer: Any) -> Made
         raise RecipeError("--draft-kind model: expected --draft MODEL, found none: name the folder of a small model")
     model = _draft_model(options.draft, target, tokenizer)
     build = partial(model_learner, options.draft, vocabulary=rows)
-    return Made(ModelDraft(model, weights=weights, ids_D=ids_D), build, f"the model {options.draft}")
+    return Made(ModelDraft(model, weights=weights, ids_D=ids_D), build, f"the model {options.draft}", trained=True)
 
 
 def _kind(draft: str | None) -> str:
