@@ -140,8 +140,12 @@ def test_a_lot_trains_on_what_is_new_and_replays_the_newest_before_it_and_what_i
     remembered = {trace.number for trace in buffer.past} - set(range(31, 36))
     assert {trace.number for trace in lot.replay} == {28, 29, 30} | remembered
     assert any(number < 28 for number in remembered)  # sampled from the whole past, not from its end
+    record(model, draft, buffer, prompts(9, seed=3))
+    few = buffer.take(10**6, sum(trace.size for trace in list(buffer.traces)[-2:]))
+    assert [trace.number for trace in few.train] == [43, 44]  # the newest; the others are older than they
+    assert {trace.number for trace in few.replay} == set(range(1, 43))
     again = buffer.take(0)  # nothing is new: then all
-    assert [trace.number for trace in again.train] == list(range(1, 36)) and again.replay == []
+    assert [trace.number for trace in again.train] == list(range(1, 45)) and again.replay == []
 
 
 def test_bounded_in_bytes() -> None:

@@ -4,7 +4,8 @@ from limbeck.online.buffer import Buffer, Lot, Trace
 from limbeck.online.feature_learner import FeatureLearner, feature_learner
 from limbeck.online.gate import Gate, Watch
 from limbeck.online.learner import Learner, ModelLearner, Training, model_learner
-from limbeck.online.learning import Learning, Pace
+from limbeck.online.learning import Learning
+from limbeck.online.pace import Pace
 from limbeck.online.routing import Routing
 from limbeck.online.service import Service
 from limbeck.online.versions import Version, Versions

@@ -269,13 +269,17 @@ class Buffer:
 
     # -- what is there -----------------------------------------------------------------------------------------------
 
-    def take(self, positions: int) -> Lot:
-        """The traces to train on that no lot before this had, or where there are none, all; the held-out ones; and to
-        replay, older ones with about so many positions, the newest, and those remembered. They stay in the buffer."""
+    def take(self, positions: int, new: float = float("inf")) -> Lot:
+        """To train on, the traces that no lot before this had (where there are none, of all), of which the newest with
+        about `new` positions; the held-out ones; and to replay, those before them with about so many `positions`, and
+        those remembered. They stay in the buffer."""
         with self._lock:
             self._bound()
             traces = list(self.traces)
-            place = len(traces) - min(self._fresh or len(traces), len(traces))
+            place = len(traces)
+            while place > len(traces) - min(self._fresh or len(traces), len(traces)) and new > 0:
+                place -= 1
+                new -= traces[place].size
             older: dict[int, Trace] = {}
             for trace in reversed(traces[:place]):
                 if positions <= 0:

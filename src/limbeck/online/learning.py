@@ -18,6 +18,7 @@ from limbeck.errors import CheckpointError, LimbeckError, RecipeError
 from limbeck.online.buffer import Buffer, Lot, Trace
 from limbeck.online.gate import Gate, Watch
 from limbeck.online.learner import Training
+from limbeck.online.pace import Pace
 from limbeck.online.updater import Build, Job, Result, Updater, UpdaterLost
 from limbeck.online.versions import Versions
 from limbeck.online.vocabulary import reranked
@@ -40,32 +41,6 @@ class Taught(Draft, Protocol):
     def restrict(self, ids_D: Tensor | None) -> None:
         """From the next round on these tokens alone are drafted, beside those of a request itself (None: all)."""
         ...
-
-
-@dataclass(frozen=True)
-class Pace:
-    """When an update begins and how much of the time it may take.
-
-    It begins with `update_size` new positions, or `update_seconds` after the last, once the gate holds as many requests
-    as can decide. An update that gains less than `least_gain` of acceptance doubles size and seconds, to 32 times at
-    most, and halves the share, unless the draft is cold; one that gains more, and traffic that changes, undo that.
-    `share` of a core is what training takes at most while requests are served. While the draft is cold, there is no
-    such bound, and the first updates begin with a quarter and a half of the size: that is until one gains less than
-    `least_gain`, or acceptance is above `cold`. `window`: times `update_size`, the older positions that an update may
-    replay. `threads`: of its process.
-    """
-
-    update_size: int = 4096
-    update_seconds: float = 300.0
-    window: float = 16.0
-    share: float = 0.1
-    least_gain: float = 0.01
-    cold: float = 0.5
-    threads: int = 1
-
-    def size(self, *, cold: bool, updates: int, backoff: int) -> float:
-        """New positions that the next update waits for."""
-        return self.update_size * (min(1.0, 2**updates / 4) if cold else backoff)
 
 
 @dataclass
@@ -299,10 +274,13 @@ class Learning:
             return True
         if self.hungry:  # no verdict could come of it
             return False
-        if new >= self.pace.size(cold=self.cold, updates=self.tally.updates, backoff=self.backoff):
+        if new >= self._size():
             return True
         waited = time.monotonic() - self._last
         return waited >= self.pace.update_seconds * self.backoff and new >= _LEAST_POSITIONS
+
+    def _size(self) -> float:
+        return self.pace.size(cold=self.cold, updates=self.tally.updates, backoff=self.backoff)
 
     def _share(self) -> float:
         return 1.0 if self.cold else self.pace.share / self.backoff
@@ -313,7 +291,7 @@ class Learning:
 
     def _update(self) -> None:
         self._forced, self._again = False, None
-        lot = self.buffer.take(round(self.pace.update_size * self.pace.window))
+        lot = self.pace.take(self.buffer, self._size())
         if not lot.train:
             return
         self._rerank(lot)

@@ -232,9 +232,9 @@ class Service:
         """
         now = perf_counter()
         resting = self._resting
+        self.ledger.training = sum(learning.training_s for learning in self.learning.values())
         ledger = self.ledger.seconds(self.engine.seconds)
         ledger["idle"] += 0.0 if resting is None else now - resting
-        self.ledger.training = sum(learning.training_s for learning in self.learning.values())
         return {
             "running": len(self.engine.rows),
             "waiting": len(self.engine.waiting),

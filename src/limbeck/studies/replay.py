@@ -113,9 +113,10 @@ class Replay:
 
     def _update(self) -> None:
         cold = self.updates < 2  # as a draft is that has never served: what it begins with is not known here
-        if self._hungry or self.buffer.new < self.pace.size(cold=cold, updates=self.updates, backoff=1):
+        size = self.pace.size(cold=cold, updates=self.updates, backoff=1)
+        if self._hungry or self.buffer.new < size:
             return
-        result = self.worker.run(Job(self.version, self.buffer.take(round(self.pace.update_size * self.pace.window))))
+        result = self.worker.run(Job(self.version, self.pace.take(self.buffer, size)))
         if result.error is not None:
             raise CheckpointError(result.error)
         self.updates += 1
