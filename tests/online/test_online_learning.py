@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -243,6 +244,26 @@ def test_a_service_that_ends_lets_go_of_a_swap(tmp_path: Path) -> None:
     learning._thread.join(5)
     assert not learning._thread.is_alive()
     service.stop()
+
+
+def test_an_updater_that_is_begun_while_the_service_stops_is_ended(tmp_path: Path) -> None:
+    class Late(FakeUpdater):
+        alive = False
+        told = threading.Event()
+
+        def ready(self) -> None:
+            assert self.told.wait(10)
+            self.alive = True
+
+        def end(self) -> None:
+            self.alive = False
+            self.told.set()
+
+    learning = learning_of(llama(), layers_draft(llama(), [0]), tmp_path)
+    updater = learning.updater = Late([])  # pyright: ignore
+    learning.start(lambda action: action(), lambda kind, version: None, threading.Lock())
+    learning.stop()
+    assert updater.told.is_set() and not updater.alive
 
 
 def test_a_swap_is_noted_in_the_engines_thread(tmp_path: Path) -> None:

@@ -70,6 +70,31 @@ def test_what_was_said_of_one_version_is_not_done_to_the_next(tmp_path: Path) ->
         assert learning.serving == 1 and learning.versions.numbers() == [0, 1] and len(fake.jobs) == 1
 
 
+def test_a_swap_ends_a_doubt_and_a_pause_holds_again(tmp_path: Path) -> None:
+    learning, fake = with_versions(tmp_path, [Result(Verdict("better", 0.2, 50.0, 9), 1, 0.3, 0.5)])
+    learning._doubt = True
+    learning.pause()
+    assert not fake.held
+    learning._update()
+    assert fake.held
+
+
+def test_a_pause_keeps_no_fallen_version_in_service(tmp_path: Path) -> None:
+    """Neither while the two are compared, nor by an update that stands still before."""
+    learning, fake = with_versions(tmp_path, [Result(Verdict("better", 0.2, 50.0, 9))])
+    learning.serving = 1
+    learning.pause()
+    assert fake.held
+    seen: list[bool] = []
+    answer = fake.run
+    fake.run = lambda job: (learning.pause(), seen.append(fake.held), answer(job))[2]  # pressed again meanwhile
+    _served(learning, 0.6, 64)
+    _served(learning, 0.2, 30)
+    assert learning._doubt and not fake.held
+    learning._look_back()
+    assert seen == [False] and learning.serving == 0 and fake.held
+
+
 def test_without_a_comparison_it_rolls_back_and_says_so(tmp_path: Path) -> None:
     for answer in (CheckpointError("not whole"), Result(Verdict("undecided", 0.0, 1.0, 0), error="not whole")):
         learning, _ = with_versions(tmp_path / type(answer).__name__, [answer])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from online_helpers import GREEDY, Listener, llama, prompts, submit_all
+from online_helpers import GREEDY, FakeUpdater, Listener, learning_of, llama, prompts, submit_all
 
 from limbeck.decoding import FeatureDraft, FeatureNet, Sampling, feature_shape, generate
 from limbeck.decoding.controller import Fixed, Round
@@ -275,3 +276,15 @@ def test_each_draft_learns_from_the_layers_that_it_reads() -> None:
             states = model(torch.tensor([[5, 6, 7]]), output_hidden_states=True).hidden_states
         expected_TF = torch.cat([states[tap][0] for tap in own], -1)
         assert torch.allclose(columns_TF[:3], expected_TF, atol=1e-5), name
+
+
+def test_a_snapshot_has_the_training_of_now(tmp_path: Path) -> None:
+    """Not that of the snapshot before."""
+    model = llama()
+    engine = Engine(model, None, {"cut": layers_draft(model, [0])}, Fixed("cut", 3), max_batch=4)
+    learning = learning_of(model, engine.drafts["cut"], tmp_path)
+    fake = learning.updater = FakeUpdater([])  # pyright: ignore
+    service = Service(engine, learning={"cut": learning})
+    for worked in (1.5, 4.0):
+        fake.worked = worked
+        assert service.snapshot()["ledger"]["training"] == worked

@@ -277,7 +277,8 @@ class Buffer:
             self._bound()
             traces = list(self.traces)
             place = len(traces)
-            while place > len(traces) - min(self._fresh or len(traces), len(traces)) and new > 0:
+            first = place - min(self._fresh or place, place)
+            while place > first and new > 0:
                 place -= 1
                 new -= traces[place].size
             older: dict[int, Trace] = {}

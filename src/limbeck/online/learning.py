@@ -108,7 +108,7 @@ class Learning:
         self.broken = False  # by an error in the engine's thread: it learns no more
         self._asked: int | None = None  # the version to be taken back
         self._doubt = False  # whether acceptance has fallen by the one that serves
-        self._forced = self._paused = self._ended = False
+        self._forced = self._paused = self._looking = self._ended = False
         self._again: float | None = None  # when an update that was lost with its process is tried again
         self._lost = 0
         self._prepared = 0.0  # s
@@ -144,6 +144,7 @@ class Learning:
         self.updater.end()
         if self._thread.is_alive():
             self._thread.join(5)
+        self.updater.end()  # the thread may have begun another process meanwhile
 
     # -- from the engine's thread --------------------------------------------------------------------------------------
 
@@ -179,6 +180,7 @@ class Learning:
         if self.watch.add(seen.alpha_sum / seen.proposals):
             self.watch.rest()
             self._doubt = True
+            self._hold()
 
     @property
     def hungry(self) -> bool:
@@ -193,11 +195,16 @@ class Learning:
     def pause(self) -> None:
         """No update begins, and one that runs stands still."""
         self._paused = True
-        self.updater.set_held(True)
+        self._hold()
 
     def resume(self) -> None:
         self._paused = False
-        self.updater.set_held(False)
+        self._hold()
+
+    def _hold(self) -> None:
+        """What is paused stands still, unless there may be a version to take back: that waits for nobody."""
+        wanted = self._looking or self._doubt or self._asked is not None
+        self.updater.set_held(self._paused and not wanted)
 
     def force(self) -> None:
         self._forced = True
@@ -210,7 +217,7 @@ class Learning:
     def ask_roll_back(self) -> None:
         """Back to `previous`, after the update that runs, paused or not."""
         self._asked = self.serving
-        self.updater.set_held(False)
+        self._hold()
 
     @property
     def training_s(self) -> float:
@@ -350,6 +357,7 @@ class Learning:
             install()
             self.serving, self._swapped_at = number, self.buffer.count
             self._doubt = False
+            self._hold()
             then()
 
         return self._between(put)
@@ -392,11 +400,18 @@ class Learning:
         return self.buffer.whole_since(self._swapped_at)[-self.buffer.held_out :]
 
     def _look_back(self) -> None:
+        self._looking = True
+        try:
+            self._reconsider()
+        finally:
+            self._looking = False
+            self._hold()
+
+    def _reconsider(self) -> None:
         """Rolls back when it was asked for; and when live acceptance has fallen, unless the version before is not shown
         to be better on the requests since: then the traffic has changed, not the draft, and there is much to learn."""
         asked, self._asked = self._asked == self.serving, None
         doubted, self._doubt = self._doubt, False
-        self.updater.set_held(self._paused)
         previous = self.previous
         if not asked and not doubted:  # the version that was meant serves no more
             return

@@ -13,7 +13,7 @@ class Pace:
 
     It begins with `update_size` new positions, or `update_seconds` after the last, once the gate holds as many requests
     as can decide. An update that gains less than `least_gain` of acceptance doubles size and seconds, to 32 times at
-    most, and halves the share, unless the draft is cold; one that gains more, and traffic that changes, undo that.
+    most, and halves the share; one that gains more, and traffic that changes, undo that.
     `share` of a core is what training takes at most while requests are served. While the draft is cold, there is no
     such bound, and the first updates begin with a quarter and a half of the size: that is until one gains less than
     `least_gain`, or acceptance is above `cold`. `window`: times `update_size`, the older positions that an update may
