@@ -15,7 +15,7 @@ from limbeck.methods import METHODS
 from limbeck.models import completion_hidden, model_size, probe_autocast
 from limbeck.models.teaching import ADAPTERS, teacher_hidden
 from limbeck.ops.chunked import head_logits
-from limbeck.ops.products import PACKABLE, onednn_wins, packing_pays
+from limbeck.ops.products import onednn_wins, packable, packing_pays
 from limbeck.recipe import Recipe
 from limbeck.report import cpu_name
 from limbeck.training import Parts, build, train
@@ -43,7 +43,7 @@ def machine(console: Console) -> None:
     console.print(f"torch       {torch.__version__}")
     for width in (64, 1024):
         console.print(f"precision   {probe_autocast('cuda' if names else 'cpu', width)[1]}")
-    kept = [str(dtype).removeprefix("torch.") for dtype in PACKABLE if packing_pays(dtype)]
+    kept = [str(dtype).removeprefix("torch.") for dtype in packable() if packing_pays(dtype)]
     console.print(f"products    float32 by {'oneDNN' if onednn_wins() else 'torch itself'}, on the CPU")
     console.print(f"writing     weights kept in oneDNN's order: {', '.join(kept) or 'none'}")
 

@@ -152,7 +152,7 @@ def test_after_a_swap_the_draft_is_what_it_would_have_been(
 ):
     """With whatever it has packed: served from the start, the new weights draft the same."""
     monkeypatch.setattr(packed, "LEAST", 1)
-    monkeypatch.setattr(packed.products, "packing_pays", lambda dtype: torch.backends.mkldnn.is_available())
+    monkeypatch.setattr(packed.products, "packing_pays", lambda dtype: dtype in packed.products.packable())
     old, new = DRAFTS[kind](model), DRAFTS[kind](target(scale=0.3))
     nets: list[Any] = [d.net if kind == "feature" else d.reader.model for d in (old, new)]  # type: ignore[attr-defined]
     old.prepare({name: weight.clone() for name, weight in nets[1].named_parameters()}, 1)()

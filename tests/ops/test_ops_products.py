@@ -109,7 +109,7 @@ def test_subclasses_of_tensors_keep_their_own_way(taken: list):
     assert not taken
 
 
-@pytest.mark.parametrize("dtype", products.PACKABLE)
+@pytest.mark.parametrize("dtype", products.packable())
 @pytest.mark.parametrize("rows", [1, 5, 300])
 def test_a_packed_product_is_the_own(dtype: torch.dtype, rows: int):
     hidden, weight, bias = (tensor.detach() for tensor in inputs(2, rows, dtype=dtype))
@@ -155,6 +155,15 @@ def test_a_machine_without_onednn_keeps_its_own(monkeypatch: pytest.MonkeyPatch)
         products.packing_pays.cache_clear()
         assert not probe()
     products.onednn_wins.cache_clear()
+    products.packing_pays.cache_clear()
+
+
+def test_a_dtype_that_the_processor_cannot_pack_does_not_pay(monkeypatch: pytest.MonkeyPatch):
+    """Processors with AVX2 alone have no bf16 for oneDNN: the probe says so, and does not try it."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    products.packing_pays.cache_clear()
+    monkeypatch.setattr(products, "Packed", None)
+    assert products.packable() == (torch.float32,) and not products.packing_pays(torch.bfloat16)
     products.packing_pays.cache_clear()
 
 

@@ -33,8 +33,6 @@ own product where it is summed in another dtype than the product's."""
 
 _GAIN = 1.2  # oneDNN must be this much faster to be taken
 
-PACKABLE = (torch.float32, torch.bfloat16)
-
 
 def linear(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> Tensor:
     """`F.linear`: hidden (..., H) @ weight.T + bias (..., V), differentiable, in less time where oneDNN is faster."""
@@ -108,10 +106,17 @@ class Packed:
         return _onednn(hidden.to(self.dtype), self.packed, self.bias_V)
 
 
+def packable() -> tuple[torch.dtype, ...]:
+    """The dtypes that `Packed` takes on this machine: bf16 needs instructions that processors of AVX2 alone lack."""
+    if not _has_onednn():
+        return ()
+    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+
+
 @functools.cache
 def packing_pays(dtype: torch.dtype) -> bool:
-    """Whether `Packed` beats `F.linear` on this machine for a few rows in a dtype of `PACKABLE`."""
-    if dtype not in PACKABLE or not _has_onednn():
+    """Whether `Packed` beats `F.linear` on this machine for a few rows in a dtype of `packable`."""
+    if dtype not in packable():
         return False
     weight_VH, hidden_NH = _probe(4096, 2048, 8, dtype)
     packed = Packed(weight_VH, rows=8)
