@@ -31,6 +31,10 @@ HEAD_BLOCK = 16_384
 """Rows of a weight up to which a gradient is taken at once: that by the input, and that by the weight itself by torch's
 own product where it is summed in another dtype than the product's."""
 
+_ROWS = 8
+"""Rows that oneDNN is told to expect when it arranges a weight, those of a verifying pass. The order it chooses for 1
+takes as long for one row (float32, AVX2) and up to twice as long for 2 to 8."""
+
 _GAIN = 1.2  # oneDNN must be this much faster to be taken
 
 
@@ -97,8 +101,8 @@ class Packed:
     """hidden (..., H) @ weight.T + bias, in the weight's dtype, without gradients, from a copy of the weight in
     oneDNN's own order. Takes any number of rows; what it saves is the greater the fewer they are."""
 
-    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None = None, rows: int = 1) -> None:
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_VH.detach(), rows)
+    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None = None) -> None:
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_VH.detach(), _ROWS)
         self.bias_V = None if bias_V is None else bias_V.detach()
         self.dtype = weight_VH.dtype
 
@@ -118,8 +122,8 @@ def packing_pays(dtype: torch.dtype) -> bool:
     """Whether `Packed` beats `F.linear` on this machine for a few rows in a dtype of `packable`."""
     if dtype not in packable():
         return False
-    weight_VH, hidden_NH = _probe(4096, 2048, 8, dtype)
-    packed = Packed(weight_VH, rows=8)
+    weight_VH, hidden_NH = _probe(4096, 2048, _ROWS, dtype)
+    packed = Packed(weight_VH)
     return _wins(lambda: packed(hidden_NH), lambda: F.linear(hidden_NH, weight_VH), 40)
 
 
