@@ -9,7 +9,8 @@ import torch
 from speculative_helpers import copy_of, full_logits, target
 from test_decoding_families import FAMILIES, PROMPTS, tiny
 
-from limbeck.decoding import Engine, Fixed, Sampling, generate, layers_draft, speculate
+from limbeck.decoding import Engine, Fixed, Sampling, generate, layers_draft, lean, speculate
+from limbeck.decoding import reader as reader_module
 from limbeck.decoding.reader import Reader
 from limbeck.errors import RolloutError
 
@@ -111,6 +112,21 @@ def test_models_that_are_only_like_a_lean_one_are_not_taken_for_it():
     scaled: Any = tiny("llama")
     scaled.model.layers[1].mlp.register_forward_hook(lambda *arguments: arguments[-1] * 2)
     assert Reader(scaled).lean is None  # found by trying
+
+
+@pytest.mark.parametrize(("weights", "made"), [("own", 1), ("int8", 2)])
+def test_a_reader_packs_a_model_once(weights: str, made: int, monkeypatch: pytest.MonkeyPatch):
+    """To try the lean way and then to serve by it: packed twice at a time, a large model has no room."""
+    packs: list[str] = []
+
+    class Counted(lean.Lean):
+        def __init__(self, body: Any, cache: Any, weights: str, new: Any = None) -> None:
+            packs.append(weights)
+            super().__init__(body, cache, weights, new)
+
+    monkeypatch.setattr(reader_module, "Lean", Counted)
+    assert Reader(target(), weights).lean is not None
+    assert packs == ["own", weights][:made]
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

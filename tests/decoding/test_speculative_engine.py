@@ -62,6 +62,20 @@ def test_greedy_is_plain_greedy(model: LlamaForCausalLM, kind: str, sampling: Sa
             torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=1e-4, rtol=0)
 
 
+def test_engines_share_a_reader_by_turns(model: LlamaForCausalLM):
+    """One drafts, the other does not: neither sees what the other has left in the cache."""
+    sampling = Sampling(20, temperature=1, seed=3, stop_tokens=(STOP,))
+    drafted = Engine(model, None, {"layers": layers_draft(model, [0])}, Fixed("layers", 3), max_batch=3)
+    plain = Engine(model, None, {}, Fixed(None, 0), max_batch=2, reader=drafted.reader)
+    alone = Engine(model, None, {}, Fixed(None, 0), max_batch=2)
+    assert plain.reader is drafted.reader
+    for start in (0, 4):
+        requests = requests_of(PROMPTS[start : start + 4], sampling)
+        serve(drafted, requests)
+        expected = [event.tokens for event in serve(alone, requests)]
+        assert [event.tokens for event in serve(plain, requests)] == expected
+
+
 def test_without_a_draft_it_writes_what_generate_writes(model: LlamaForCausalLM):
     for sampling in (
         Sampling(20, seed=4, n=2, stop_tokens=(STOP,)),

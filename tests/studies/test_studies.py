@@ -216,6 +216,8 @@ def test_figures_are_the_formulas() -> None:
     assert found["alpha"] == 0.5
     assert found["speed-up"] == pytest.approx((25 / 1.5) / 10)
     assert found["formula"] == pytest.approx((1 - 0.5**4) / 0.5 / (3 * 0.1 + 1.0))
+    ours.alpha_sum = 20.0  # all of them stand
+    assert _figures(ours, theirs, Spent)["formula"] == pytest.approx(4 / 1.3)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_reduced_head_holds_the_tokens_that_the_texts_use(material: Material) -> None:

@@ -52,9 +52,10 @@ class Reader:
         self.packed: dict[nn.Module, Linear] = {}  # for the time of a pass: the model may be trained by others
         with evaluating(tuple(self.model.modules())):
             check_head(self.model)
-            if is_lean(self.body) and self._lean_gives_the_same():
-                self.lean = Lean(self.body, self.rows, "own")
-        self.pack()()
+            if is_lean(self.body):
+                self.lean = self._lean_if_the_same()
+        if self.lean is None or weights != "own":  # packed once: a large model has no room for it twice
+            self.pack()()
 
     def read(
         self, slots: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int], taps: Sequence[int] = ()
@@ -108,7 +109,7 @@ class Reader:
         layers = pack(self.body, self.weights, new)
         return lambda: setattr(self, "packed", self.packed | layers)
 
-    def _lean_gives_the_same(self) -> bool:
+    def _lean_if_the_same(self) -> Lean | None:
         """Tries both ways on three tokens after six others."""
         lean, tokens = Lean(self.body, self.rows, "own"), list(range(1, 10))
         size = self.embedding.weight.shape[0]
@@ -120,7 +121,7 @@ class Reader:
         self.rows.forget()
         # By the token, and by the sums: a few entries of a model are many times the others.
         error = ((found - expected).abs().sum(-1) / expected.abs().sum(-1).clamp_min(1e-6)).max()
-        return bool(error <= (1e-4 if expected.dtype == torch.float32 else 5e-2))
+        return lean if error <= (1e-4 if expected.dtype == torch.float32 else 5e-2) else None
 
     def _positions(self, starts: Sequence[int], width: int) -> Tensor:
         view = self.rows.view

@@ -43,6 +43,8 @@ class Engine:
     drafts: by name; `controller` says which of them drafts and how much. max_batch: requests served at once, the others
     wait. context: tokens of a request at most, prompt and completion (None: what the target reads, which is the most):
     keys and values take memory by it. observer: is shown every pass of the target that gives tokens, inside `step`.
+    reader: that of another engine of the target, whose weights in the order of products are shared so; of the two one
+    alone has requests at a time.
 
     `add` and `cancel` may be called from other threads than the one that calls `step`. Raises RolloutError for a target
     that it cannot run (see `Reader`, `check_rotation`) and a context of less than 2 tokens, PreflightError for a draft
@@ -59,9 +61,10 @@ class Engine:
         max_batch: int,
         context: int | None = None,
         observer: Observer | None = None,
+        reader: Reader | None = None,
     ) -> None:
         check_rotation(target)
-        self.reader = Reader(target)
+        self.reader = reader or Reader(target)
         if context is not None and context < 2:
             raise RolloutError(f"context: expected 2 tokens or more, found {context}: name another")
         self.reader.rows.bound(context)

@@ -117,7 +117,7 @@ def _measure(material: Material, domain: Domain, way: str) -> dict[str, float]:
     setting, target = material.setting, material.target
     drafts, controller = _ways(material)[way]()
     drafted = Engine(target, material.tokenizer, drafts, controller, max_batch=1)
-    plain = Engine(target, material.tokenizer, {}, Fixed(None, 0), max_batch=1)
+    plain = Engine(target, material.tokenizer, {}, Fixed(None, 0), max_batch=1, reader=drafted.reader)
     drafted.probe()
     sampling = Sampling(setting.max_tokens, temperature=setting.temperature, stop_tokens=_stops(material))
     prompts = material.prompts(domain, setting.requests)
@@ -166,7 +166,7 @@ def _figures(ours: Run, theirs: Run, engine: Engine) -> dict[str, float]:
     step_s = theirs.seconds / theirs.tokens
     cost = engine.seconds.draft / max(ours.drafted, 1) / step_s
     verify = engine.seconds.verify / rounds / step_s
-    expected = (1 - alpha ** (gamma + 1)) / max(1 - alpha, 1e-9)
+    expected = (1 - alpha ** (gamma + 1)) / (1 - alpha) if alpha < 1 else gamma + 1
     formula = expected / (gamma * cost + verify)
     speedup = ours.speed / theirs.speed
     return {
