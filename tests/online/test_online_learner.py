@@ -14,11 +14,13 @@ import torch
 from online_helpers import VOCABULARY, llama, prompts, record, saved, target_logprobs
 
 from limbeck.decoding.drafts.layers import layers_draft
+from limbeck.errors import RecipeError
 from limbeck.models import cut_layers, load_model, load_tokenizer
 from limbeck.online import Buffer, Lot, ModelLearner, Training, Versions
 from limbeck.online import learner as learner_module
 from limbeck.online.gate import Gate
 from limbeck.online.learner import (
+    Average,
     Fitted,
     _order,
     acceptances,
@@ -86,6 +88,44 @@ def test_it_stops_on_acceptance_with_the_best_weights(lot: Lot) -> None:
     fitted = fit(learner, optimiser_of(learner, training), lot.train, lot.stop, training, torch.Generator())
     assert all(torch.equal(weight, before[name]) for name, weight in learner.trained().items())
     assert fitted.after == fitted.before and fitted.steps < 10 * len(lot.train)
+
+
+def test_what_serves_is_the_mean_of_what_is_trained(lot: Lot) -> None:
+    """Training goes on from where it was, as if nothing were averaged; a call leaves the mean in the learner."""
+
+    def twice(learner: ModelLearner, training: Training, average: Average) -> list[dict[str, torch.Tensor]]:
+        optimiser, generator = optimiser_of(learner, training), torch.Generator().manual_seed(0)
+        left: list[dict[str, torch.Tensor]] = []
+        for _ in range(2):
+            fit(learner, optimiser, lot.train, [], training, generator, average=average)
+            left.append(snapshot(learner))
+        return left
+
+    training, average = Training(learning_rate=3e-3), Average()
+    first, second = twice(_learner(), training, average)
+    _, last = twice(_learner(), replace(training, average=1), Average())  # the last weights alone
+    assert average.own is not None
+    for name, weight in average.own.items():
+        torch.testing.assert_close(weight, last[name], rtol=0, atol=1e-6)
+    assert all(not torch.equal(second[name], last[name]) for name in ("lm_head.weight", "model.norm.weight"))
+    assert any(not torch.equal(second[name], first[name]) for name in second)
+
+
+def test_the_mean_is_that_of_its_formula() -> None:
+    learner = _learner()
+    (name, weight), *_ = learner.trained().items()
+    average, mean, expected = Average(), snapshot(learner), snapshot(learner)[name].double()
+    for step in range(1, 4):
+        with torch.no_grad():
+            weight.add_(0.1 * step)
+        average.add(mean, learner, 100)
+        expected = expected + 9 / (9 + step) * (weight.detach().double() - expected)
+    torch.testing.assert_close(mean[name].double(), expected, rtol=0, atol=1e-6)
+    late = Average(steps=10**6)
+    late.add(mean, learner, 100)
+    with pytest.raises(RecipeError, match="average"):
+        Training(average=0)
+    torch.testing.assert_close(mean[name].double(), expected + 0.01 * (weight.detach() - expected), rtol=0, atol=1e-6)
 
 
 def test_a_nan_changes_nothing(lot: Lot) -> None:
@@ -161,16 +201,35 @@ def _worker(folder: Path, **changes: Any) -> Worker:
 
 def test_a_better_draft_is_written_and_a_restart_goes_on_from_it(tmp_path: Path, lot: Lot) -> None:
     """Two updates, and two with a new process between them: the same weights, bit by bit."""
-    whole = _worker(tmp_path / "one", batch_tokens=256)
+    short: dict[str, Any] = {"batch_tokens": 256, "epochs": 2}
+    whole = _worker(tmp_path / "one", **short)
     first = whole.run(Job(0, lot))
     assert first.verdict.kind == "better" and first.number == 1 and first.verdict.gain > 0
-    whole.run(Job(1, lot))
-    _worker(tmp_path / "two", batch_tokens=256).run(Job(0, lot))
-    restarted = _worker(tmp_path / "two", batch_tokens=256)
+    before = snapshot(whole.learner)
+    second = whole.run(Job(1, lot))
+    assert second.before is not None and second.after is not None and second.after > second.before
+    assert any(not torch.equal(weight, before[name]) for name, weight in whole.learner.trained().items())
+    _worker(tmp_path / "two", **short).run(Job(0, lot))
+    restarted = _worker(tmp_path / "two", **short)
     assert restarted.base == 1
     restarted.run(Job(1, lot))
     for (name, one), other in zip(snapshot(whole.learner).items(), snapshot(restarted.learner).values(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_an_update_goes_on_from_what_was_trained(tmp_path: Path, lot: Lot) -> None:
+    """Not from the mean that serves; and where that is put back, so is what was trained with it."""
+    worker = _worker(tmp_path, epochs=2)
+    worker.run(Job(0, lot))
+    own, steps = worker.average.own, worker.average.steps
+    assert own is not None and steps > 0
+    kept = {name: weight.clone() for name, weight in own.items()}
+    assert any(not torch.equal(weight, kept[name]) for name, weight in worker.learner.trained().items())
+    worker.run(Job(1, lot))
+    assert worker.average.steps > steps
+    worker._take(1)
+    assert worker.average.own is not None and worker.average.steps == steps
+    assert all(torch.equal(worker.average.own[name], weight) for name, weight in kept.items())
 
 
 def test_a_worse_draft_is_refused_and_forgotten(tmp_path: Path, lot: Lot) -> None:

@@ -24,6 +24,7 @@ Measured = Callable[[int, float, float | None], None]
 """measured(steps so far, mean loss of the steps since the last measure, acceptance on the traces to stop by)."""
 
 _BETTER = 1e-4  # of acceptance: less is no gain
+_EARLY = 9  # a step is 9/10, 9/11, 9/12, ... of an average, until that is over as many as `Training.average` says
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,7 @@ class Training:
     most, an epoch of `least_steps` at least; `epochs` at most over the traces; acceptance on the traces held out for it
     is measured `measures` times an epoch, and `patience` measures without a new best end it. `replay`: share of the
     batches that are of earlier traces. So an update takes 1 / (1 - replay) x `epochs` passes for each new position,
-    however many are kept."""
+    however many are kept. `average`: steps that the weights that serve are the mean of, about (1: the last alone)."""
 
     objective: str = "blend"
     learning_rate: float = 1e-3
@@ -113,11 +114,14 @@ class Training:
     patience: int = 4
     clip: float = 1.0
     replay: float = 0.5
+    average: int = 100
 
     def __post_init__(self) -> None:
         find_objective(self.objective)
         if not 0 <= self.replay < 1:
             raise RecipeError(f"replay: expected a share from 0 to below 1, found {self.replay}: lower it")
+        if self.average < 1:
+            raise RecipeError(f"average: expected 1 step or more, found {self.average}: raise it")
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,25 @@ class Fitted:
     steps: int
     positions: int
     finite: bool = True
+
+
+@dataclass(eq=False)
+class Average:
+    """What serves is the running mean of what is trained (Polyak and Juditsky 1992). So steps may be large, and
+    training goes on from where it was, not from the mean, update after update.
+
+    own: the weights that are trained (None: so far those of the learner). steps: that have been averaged."""
+
+    own: dict[str, Tensor] | None = None
+    steps: int = 0
+
+    @torch.no_grad()
+    def add(self, mean: Mapping[str, Tensor], learner: Learner, over: int) -> None:
+        """mean += share (weight - mean), share = max(1 / over, 9 / (9 + steps))."""
+        self.steps += 1
+        share = max(1 / over, _EARLY / (_EARLY + self.steps))
+        for name, weight in learner.trained().items():
+            mean[name].lerp_(weight, share)
 
 
 def batches(traces: Sequence[Trace], batch_tokens: int) -> list[Batch]:
@@ -227,13 +250,18 @@ def fit(
     generator: torch.Generator,
     *,
     replay: Sequence[Trace] = (),
+    average: Average | None = None,
     breathe: Breathe = lambda: None,
     measured: Measured = lambda steps, loss, alpha: None,
 ) -> Fitted:
-    """Trains on `train` and leaves the learner with the weights that accept the most on `stop`, those from before
-    included. Without `stop` traces it is one epoch. A NaN ends it."""
+    """Trains on `train` and leaves the learner with the averaged weights that accept the most on `stop`, those from
+    before included. Without `stop` traces it is one epoch. A NaN ends it. `average`: training goes on from the call
+    before that had it."""
     best = before = mean_acceptance(acceptances(learner, stop, training.batch_tokens, breathe))
-    best_state, waited, steps, positions = snapshot(learner), 0, 0, 0
+    best_state, waited, steps, positions, finite = snapshot(learner), 0, 0, 0, True
+    average = average or Average()
+    mean = average.own or snapshot(learner)
+    exchange(learner, mean)
     losses: list[float] = []
     epochs = training.epochs if stop else 1
     for made in _order(train, replay, training, epochs, generator):
@@ -241,24 +269,28 @@ def fit(
             breathe()
             loss = _step(learner, optimiser, made, training)
             if loss is None:
-                restore(learner, best_state)
-                return Fitted(before, best, steps, positions, finite=False)
+                finite = False
+                break
+            average.add(mean, learner, training.average)
             losses.append(loss)
             steps += 1
             positions += len(made.index_N)
             continue
+        exchange(learner, mean)
         found = mean_acceptance(acceptances(learner, stop, training.batch_tokens, breathe))
-        measured(steps, sum(losses) / len(losses), found)
-        losses = []
+        waited += 1
         if best is not None and found is not None and found > best + _BETTER:
             best, best_state, waited = found, snapshot(learner), 0
-        else:
-            waited += 1
+        exchange(learner, mean)
+        measured(steps, sum(losses) / len(losses), found)
+        losses = []
         if waited >= training.patience:
             break
-    if best is not None:
+    exchange(learner, mean)
+    average.own = mean
+    if best is not None or not finite:
         restore(learner, best_state)
-    return Fitted(before, best, steps, positions)
+    return Fitted(before, best, steps, positions, finite)
 
 
 def _order(
@@ -305,6 +337,15 @@ def snapshot(learner: Learner) -> dict[str, Tensor]:
 def restore(learner: Learner, state: Mapping[str, Tensor]) -> None:
     for name, weight in learner.trained().items():
         weight.copy_(state[name])
+
+
+@torch.no_grad()
+def exchange(learner: Learner, state: Mapping[str, Tensor]) -> None:
+    """The learner's weights become those of `state`, and the other way round."""
+    for name, weight in learner.trained().items():
+        own = weight.clone()
+        weight.copy_(state[name])
+        state[name].copy_(own)
 
 
 def optimiser_state(learner: Learner, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from limbeck.errors import CheckpointError, LimbeckError
 from limbeck.online.buffer import Lot, Trace
 from limbeck.online.gate import Gate, Verdict
 from limbeck.online.learner import (
+    Average,
     Fitted,
     Learner,
     Training,
@@ -39,6 +40,7 @@ Build = Callable[[], Learner]
 
 _BUSY, _SHARE, _END, _WORKED, _HELD = range(5)  # of the numbers that both processes see
 _NAP = 0.005  # s
+_OWN = "own/"  # before the names of weights that are trained, beside those that serve: see `Average`
 _GAIN = 0.01  # of acceptance
 _NICE = 10
 _GRACE = 20.0  # s: told to end, it is gone in a fraction of one, but its niceness lets a busy machine make it wait
@@ -214,6 +216,7 @@ class Worker:
     generator: torch.Generator = field(default_factory=torch.Generator)
     serving: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     optimiser: Any = None
+    average: Average = field(default_factory=Average)
     known: dict[int, tuple[float, int]] = field(default_factory=dict[int, tuple[float, int]])  # of the serving version
     rate: float = 1.0  # times the learning rate
 
@@ -247,6 +250,7 @@ class Worker:
             self.training,
             self.generator,
             replay=job.lot.replay,
+            average=self.average,
             breathe=self.breathe,
         )
         self.rate = next_rate(self.rate, fitted)
@@ -299,13 +303,18 @@ class Worker:
     def _version(self, number: int) -> Version:
         state = optimiser_state(self.learner, self.optimiser)
         state |= {"generator": self.generator.get_state(), "rate": torch.tensor(self.rate)}
-        return Version(number, snapshot(self.learner), state, {"objective": self.training.objective})
+        weights = snapshot(self.learner)
+        own = self.average.own or weights
+        state |= {"averaged": torch.tensor(self.average.steps), **{_OWN + name: own[name].clone() for name in own}}
+        return Version(number, weights, state, {"objective": self.training.objective})
 
     def _take(self, number: int) -> dict[str, Tensor]:
         """Weights, optimiser and random numbers of a version on disk; gives all its state."""
         version = self.versions.load(number)
         restore(self.learner, version.weights)
         set_optimiser_state(self.learner, self.optimiser, version.state)
+        own = {name: version.state[_OWN + name] for name in version.weights}
+        self.average = Average(own, int(version.state["averaged"]))
         self.generator.set_state(version.state["generator"])
         self.base, self.serving, self.known = number, snapshot(self.learner), {}
         return version.state
