@@ -91,6 +91,7 @@ class Updater:
         self.numbers[_SHARE] = 1.0
         self.arguments = (build, str(folder), training, gate, threads, seed)
         self.process: Any = None
+        self.begun = False  # the process has its weights
         self.restarts = -1
         self.connection: Any = None
 
@@ -128,6 +129,7 @@ class Updater:
         if self.process is not None and self.process.is_alive():
             return
         self.restarts += 1
+        self.begun = False
         self.connection, theirs = self.context.Pipe()
         self.process = self.context.Process(
             target=_main, args=(theirs, self.numbers, os.getpid(), *self.arguments), name="limbeck-updater", daemon=True
@@ -142,6 +144,7 @@ class Updater:
             ) from None
         if error is not None:
             raise CheckpointError(error)
+        self.begun = True
 
     def _answer(self) -> Result:
         while not self.connection.poll(0.1):
@@ -154,6 +157,8 @@ class Updater:
         self.numbers[_END] = 1
         if self.process is not None:
             self.connection.close()  # an idle one waits for nothing else
+            if not self.begun:  # it loads a library for seconds, and has nothing to lose
+                self.process.kill()
             self.process.join(_GRACE)
             if self.process.is_alive():
                 self.process.kill()
