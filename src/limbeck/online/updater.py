@@ -131,10 +131,11 @@ class Updater:
         self.restarts += 1
         self.begun = False
         self.connection, theirs = self.context.Pipe()
-        self.process = self.context.Process(
+        process: Any = self.context.Process(
             target=_main, args=(theirs, self.numbers, os.getpid(), *self.arguments), name="limbeck-updater", daemon=True
         )
-        self.process.start()
+        process.start()
+        self.process = process  # one that `end` can end
         theirs.close()
         try:
             error = self._answer().error
