@@ -46,7 +46,7 @@ from limbeck.online import (
 )
 from limbeck.online.coins import HeldOut
 from limbeck.online.gate import Gate, Verdict
-from limbeck.online.updater import Job, Result, Updater, Worker
+from limbeck.online.updater import Job, Result, Updater, UpdaterLost, Worker
 from limbeck.online.versions import Versions
 
 
@@ -378,3 +378,24 @@ def test_the_updater_is_nice_once_its_share_is_bounded(tmp_path: Path) -> None:
         found.append(os.getpriority(os.PRIO_PROCESS, updater.process.pid) - own)
     updater.end()
     assert found == [0, 10, 10] if own < 10 else found[0] == 0
+
+
+def test_an_updater_that_still_loads_is_ended_at_once(tmp_path: Path) -> None:
+    """It has nothing to lose yet, and would notice only after it has loaded: here in a minute."""
+    updater = Updater(partial(time.sleep, 60), tmp_path, Training(), Gate(), threads=1)  # pyright: ignore
+    lost: list[UpdaterLost] = []
+
+    def begin() -> None:
+        try:
+            updater.ready()
+        except UpdaterLost as error:
+            lost.append(error)
+
+    beginning = threading.Thread(target=begin)
+    beginning.start()
+    _until(lambda: updater.process is not None)
+    start = time.perf_counter()
+    updater.end()
+    assert time.perf_counter() - start < 10 and not updater.process.is_alive()
+    beginning.join(10)
+    assert len(lost) == 1

@@ -160,7 +160,7 @@ def test_a_machine_without_onednn_keeps_its_own(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_dtype_that_the_processor_cannot_pack_does_not_pay(monkeypatch: pytest.MonkeyPatch):
     """Processors with AVX2 alone have no bf16 for oneDNN: the probe says so, and does not try it."""
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(products, "_has_bf16", lambda: False)
     products.packing_pays.cache_clear()
     monkeypatch.setattr(products, "Packed", None)
     assert products.packable() == (torch.float32,) and not products.packing_pays(torch.bfloat16)

@@ -114,7 +114,7 @@ def packable() -> tuple[torch.dtype, ...]:
     """The dtypes that `Packed` takes on this machine: bf16 needs instructions that processors of AVX2 alone lack."""
     if not _has_onednn():
         return ()
-    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+    return (torch.float32, torch.bfloat16) if _has_bf16() else (torch.float32,)
 
 
 @functools.cache
@@ -183,6 +183,10 @@ _PLAIN = (Tensor, Parameter)
 
 def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _has_bf16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _probe(outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
