@@ -44,6 +44,16 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
     return Recipe.parse(settings)
 
 
+def test_a_start_saves_where_it_evaluates_whatever_the_method_does(tmp_path: Path) -> None:
+    """Its best checkpoint is chosen at its own steps; the method's `save_steps` (or none) are not the start's."""
+    start = {"training": {"max_steps": 4}, "evaluation_steps": 2}
+    training = {"max_steps": 3, "per_device_train_batch_size": 4, "save_steps": 3}
+    run = distill(recipe(tmp_path, init=start, training=training), quiet=True)
+    lines = [json.loads(line) for line in (tmp_path / "start" / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert run.metrics["steps"] == 3
+
+
 def stamps(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("*/*/metrics.jsonl")}
 

@@ -168,8 +168,11 @@ def _start(recipe: Recipe, folder: Path, *, student: Any, teacher: Any, dataset:
 def start_stage(recipe: Recipe, seed: int, folder: Path) -> Recipe:
     """The recipe of the SFT stage that `init` asks for."""
     assert recipe.init is not None
-    stage = recipe.with_method("sft", seed=seed, training=recipe.init.training, output=str(folder), init=None)
     steps = recipe.init.evaluation_steps
+    # Its checkpoints follow its own evaluations, whatever the method's stage does.
+    own = {"save_strategy": "steps", "save_steps": steps} if steps else {}
+    training = {**own, **recipe.init.training}
+    stage = recipe.with_method("sft", seed=seed, training=training, output=str(folder), init=None)
     return stage.replaced(evaluation={"prompts": 0, "steps": steps, "rows": recipe.evaluation.rows})
 
 
