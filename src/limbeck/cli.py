@@ -272,7 +272,7 @@ def study(
     update_size: Annotated[int, typer.Option(min=1, help="new positions that an update waits for")] = 4096,
     learning_rate: Annotated[float, typer.Option(help="of the draft's optimiser")] = 1e-3,
     gamma: Annotated[int, typer.Option(min=1, help="drafted tokens a round, where it is fixed")] = 4,
-    head_rows: Annotated[int, typer.Option(min=0, help="osd-speedup: rows of the draft's head; 0: all")] = 0,
+    head_rows: Annotated[int, typer.Option(min=0, help="rows of the draft's head that are kept; 0: all")] = 0,
     weights: Annotated[str, typer.Option(help="osd-speedup: the draft's weights: own, int8 or int4")] = "own",
     out: Annotated[Path, typer.Option(help="the folder for NAME.md, NAME.csv and NAME.png")] = Path("docs/studies"),
     work: Annotated[Path, typer.Option(help="recorded answers and finished cells")] = Path("runs/studies"),

@@ -14,7 +14,7 @@ import torch
 from online_helpers import VOCABULARY, llama, prompts, record, saved, target_logprobs
 
 from limbeck.decoding.drafts.layers import layers_draft
-from limbeck.errors import RecipeError
+from limbeck.errors import CheckpointError, RecipeError
 from limbeck.models import cut_layers, load_model, load_tokenizer
 from limbeck.online import Buffer, Lot, ModelLearner, Training, Versions
 from limbeck.online import learner as learner_module
@@ -33,6 +33,7 @@ from limbeck.online.learner import (
     snapshot,
 )
 from limbeck.online.updater import Job, Throttle, Worker, next_rate
+from limbeck.online.versions import Version, fingerprint
 
 
 def _lot(model: Any, draft: Any, texts: list[tuple[int, ...]], **changes: Any) -> Lot:
@@ -197,6 +198,15 @@ def test_stories_are_learnt_from_recorded_traffic(shared: Path) -> None:
 def _worker(folder: Path, **changes: Any) -> Worker:
     training = Training(**{"learning_rate": 3e-3, "epochs": 6, **changes})
     return Worker(_learner(), Versions(folder), training, Gate(), 0, lambda: None)
+
+
+def test_versions_of_an_older_limbeck_are_refused_by_name(tmp_path: Path) -> None:
+    learner, versions = _learner(), Versions(tmp_path)
+    versions.claim(fingerprint(learner.trained()))
+    state = {"rate": torch.tensor(1.0), "generator": torch.Generator().get_state()}  # no weights but those that serve
+    versions.save(Version(0, snapshot(learner), state, {}))
+    with pytest.raises(CheckpointError, match="version 0 without 'averaged'.*name another folder"):
+        _worker(tmp_path)
 
 
 def test_a_better_draft_is_written_and_a_restart_goes_on_from_it(tmp_path: Path, lot: Lot) -> None:

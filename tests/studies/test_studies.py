@@ -231,6 +231,26 @@ def test_a_reduced_head_holds_the_tokens_that_the_texts_use(material: Material) 
         likely_tokens(material.tokenizer, 0)
 
 
+def test_a_reduced_head_bounds_a_streams_acceptance_and_is_kept_by_the_updater(tmp_path: Path) -> None:
+    setting = setting_of(tmp_path, head_rows=8, requests=40)
+    text = study("osd-acceptance", setting, quiet).read_text()
+    assert "8 rows of its head" in text and "that the domains' own texts" in text
+    with (setting.out / "osd-acceptance.csv").open() as file:
+        found = {(row["method"], row["metric"]): float(row["value"]) for row in csv.DictReader(file)}
+    for arm in ("static", "offline", "online"):
+        known = found[arm, "sums: p(D) apart, which no alpha is above"]
+        assert 0 < found[arm, "sums: alpha apart, at the end"] < known < 1
+    material = Material(setting, quiet)
+    replay = replay_of(material, tmp_path / "one")
+    replay.run(material.answers(ROWS, 50))
+    assert replay.updates and material.head_ids is not None
+    for learner in (replay.serving, replay.worker.learner):
+        assert learner.ids_D is not None and torch.equal(learner.ids_D, material.head_ids)
+    cells = len(list((setting.work / "osd-acceptance").glob("*.json")))
+    study("osd-acceptance", setting_of(tmp_path, head_rows=9, requests=40), quiet)
+    assert len(list((setting.work / "osd-acceptance").glob("*.json"))) == 2 * cells
+
+
 @pytest.mark.parametrize("name", list(STUDIES))
 def test_a_study_writes_its_page_and_is_not_run_again(name: str, tmp_path: Path) -> None:
     said: list[str] = []

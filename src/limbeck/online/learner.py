@@ -86,15 +86,16 @@ def model_learner(
     *,
     layers: Sequence[int] | None = None,
     vocabulary: int | None = None,
+    ids_D: Tensor | None = None,
 ) -> ModelLearner:
     """The learner of a model in a folder, or of some of its layers, with its products in bf16 where that is faster.
     `vocabulary`: rows of its head that are tokens, as the draft that serves has them (None: as its config says).
-    ModelError as from `load_model`."""
+    `ids_D`: the tokens that it may draft (None: all). ModelError as from `load_model`."""
     model = load_model(folder, dtype=torch.float32)
     if vocabulary is not None:
         set_vocabulary(model, vocabulary)
     autocast, _ = probe_autocast(model.device, model.config.get_text_config().hidden_size)
-    return ModelLearner(model if layers is None else cut_layers(model, layers), autocast=autocast)
+    return ModelLearner(model if layers is None else cut_layers(model, layers), ids_D=ids_D, autocast=autocast)
 
 
 @dataclass(frozen=True)

@@ -315,8 +315,16 @@ class Worker:
         return Version(number, weights, state, {"objective": self.training.objective})
 
     def _take(self, number: int) -> dict[str, Tensor]:
-        """Weights, optimiser and random numbers of a version on disk; gives all its state."""
+        """Weights, optimiser and random numbers of a version on disk; gives all its state. CheckpointError for one
+        that an older limbeck wrote, whose state lacks some of that."""
         version = self.versions.load(number)
+        lacking = {"averaged", "generator", "rate", *(_OWN + name for name in version.weights)} - set(version.state)
+        if lacking:
+            raise CheckpointError(
+                f"{self.versions.folder}: expected versions that training can go on from, found version {number} "
+                f"without {min(lacking)!r}, as an older limbeck wrote them: name another folder, or serve them with "
+                "--no-learning"
+            )
         restore(self.learner, version.weights)
         set_optimiser_state(self.learner, self.optimiser, version.state)
         own = {name: version.state[_OWN + name] for name in version.weights}

@@ -8,7 +8,7 @@ from typing import Any
 
 from limbeck.online import Pace, Training
 from limbeck.online.buffer import Positions
-from limbeck.studies.acceptance import STREAM, along, ends, fresh, shuffled, taught
+from limbeck.studies.acceptance import along, ends, fresh, shuffled, stream_facts, taught
 from limbeck.studies.cells import Cells
 from limbeck.studies.material import Material
 from limbeck.studies.page import Result
@@ -28,10 +28,11 @@ def run(setting: Setting, cells: Cells) -> Result:
         f"{material.words}; {setting.requests} requests of {domain.name}, answers of at most {setting.max_tokens} "
         f"tokens at temperature {setting.temperature:g}; alpha of the last fifth of the stream",
     )
+    result.remarks += material.head_words
     for seed, objective, times, positions in product(range(setting.seeds), OBJECTIVES, SIZES, POSITIONS):
         size = round(setting.update_size * times)
         training, pace = Training(objective, learning_rate=setting.learning_rate), Pace(update_size=size)
-        facts = {**setting.facts(*STREAM), **material.facts, **taught(training, pace, positions), "seed": seed}
+        facts = {**stream_facts(material), **taught(training, pace, positions), "seed": seed}
         facts["prompts"] = material.digest(domain, setting.requests)
         compute = partial(_stream, material, seed, training, pace, positions)
         found = cells.get(f"{objective}-{size}-{positions}-{seed}", facts, compute)

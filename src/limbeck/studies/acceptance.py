@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,14 +17,12 @@ import numpy as np
 from limbeck.online import Gate, Pace, Trace, Training
 from limbeck.online.buffer import Positions
 from limbeck.online.coins import held_out_of
+from limbeck.online.learner import mean_known
 from limbeck.studies.cells import Cells
 from limbeck.studies.material import Material
 from limbeck.studies.page import Result, Series
 from limbeck.studies.replay import Replay, acceptance_on, train_offline
 from limbeck.studies.setting import Domain, Setting
-
-STREAM = ("layers", "max_tokens", "temperature", "gamma")
-"""What every cell of a replayed stream depends on, beside models, prompts and training."""
 
 ARMS = ("static", "offline", "online")
 _FIFTH = 5  # of a domain's answers one in so many is kept apart, and so are the first and last part of a stream
@@ -49,7 +48,15 @@ def run(setting: Setting, cells: Cells) -> Result:
             result.series.append(Series(domain.name, arm, seed, found["curve"]))
         _compare(result, domain.name)
     result.remarks.append(material.tail_words([(domain, *_counts(setting)) for domain in setting.domains]))
+    result.remarks += material.head_words
     return result
+
+
+def stream_facts(material: Material) -> dict[str, Any]:
+    """What every cell of a replayed stream depends on, beside prompts and training."""
+    ids_D = material.head_ids
+    head = {} if ids_D is None else {"head": hashlib.sha256(repr(ids_D.tolist()).encode()).hexdigest()}
+    return {**material.setting.facts("layers", "max_tokens", "temperature", "gamma"), **material.facts, **head}
 
 
 def _counts(setting: Setting) -> tuple[int, int]:
@@ -59,8 +66,7 @@ def _counts(setting: Setting) -> tuple[int, int]:
 
 def _facts(material: Material, domain: Domain, seed: int, arm: str) -> dict[str, Any]:
     setting = material.setting
-    facts = {**setting.facts(*STREAM), **material.facts, "prompts": material.digest(domain, *_counts(setting))}
-    facts |= {"seed": seed, "arm": arm}
+    facts = {**stream_facts(material), "prompts": material.digest(domain, *_counts(setting)), "seed": seed, "arm": arm}
     if arm == "offline":
         facts |= asdict(_offline(setting))
     return facts | (taught(Training(learning_rate=setting.learning_rate), _pace(setting)) if arm == "online" else {})
@@ -90,7 +96,8 @@ def _arm(material: Material, domain: Domain, seed: int, arm: str) -> dict[str, A
         learner = material.build()
         steps = train_offline(learner, stream, _offline(setting), seed)
         alpha = acceptance_on(learner, apart)
-        return {"apart": alpha, "curve": [(0.0, alpha), (float(len(stream)), alpha)], "steps": steps, **facts}
+        curve = [(0.0, alpha), (float(len(stream)), alpha)]
+        return {"apart": alpha, "curve": curve, "steps": steps, "known": mean_known(learner, apart), **facts}
     with fresh(setting.work / "versions" / f"{domain.name}-{arm}-{seed}") as folder:
         training = Training(learning_rate=setting.learning_rate)
         learns = arm == "online"
@@ -99,7 +106,8 @@ def _arm(material: Material, domain: Domain, seed: int, arm: str) -> dict[str, A
         )
         found = along(replay, stream)
     found["curve"] = windowed(found["alpha"], found["verified"])
-    return {**found, "apart": acceptance_on(replay.serving, apart), **facts}
+    serving = replay.serving
+    return {**found, "apart": acceptance_on(serving, apart), "known": mean_known(serving, apart), **facts}
 
 
 def _compare(result: Result, domain: str) -> None:
@@ -155,6 +163,8 @@ def windowed(alpha: Sequence[float], verified: Sequence[int], windows: int = 20)
 def summary(domain: str, found: dict[str, Any]) -> dict[str, float]:
     numbers = {f"{domain}: alpha apart, at the end": found["apart"]}
     numbers |= {f"{domain}: {name}": found[name] for name in ("requests", "requests apart")}
+    if found["known"] is not None:
+        numbers[f"{domain}: p(D) apart, which no alpha is above"] = found["known"]
     if "alpha" in found:
         first, last = ends(found["alpha"], found["verified"])
         numbers |= {f"{domain}: alpha, first fifth": first, f"{domain}: alpha, last fifth": last}

@@ -16,6 +16,7 @@ from limbeck.online import Trace, model_learner
 from limbeck.online.recording import TOP
 from limbeck.online.updater import Build
 from limbeck.online.versions import fingerprint
+from limbeck.online.vocabulary import likely_tokens
 from limbeck.studies.answers import prompts_of, record
 from limbeck.studies.cells import Say
 from limbeck.studies.setting import Domain, Setting
@@ -37,15 +38,36 @@ class Material:
         self.layers = None if setting.layers is None else list(setting.layers)
         if self.layers is None and setting.draft is None:
             self.layers = every_other(target)
-        folder = setting.draft or setting.target
-        self.build: Build = partial(model_learner, folder, layers=self.layers, vocabulary=self.vocabulary)
+        self.head_ids = self._head_ids()
+        self.build: Build = partial(
+            model_learner,
+            setting.draft or setting.target,
+            layers=self.layers,
+            vocabulary=self.vocabulary,
+            ids_D=self.head_ids,
+        )
         self._answers: dict[tuple[str, int], list[Trace]] = {}
+
+    def _head_ids(self) -> torch.Tensor | None:
+        """The tokens that the draft may draft, where its head is reduced: those that the domains' texts use most."""
+        if not self.setting.head_rows:
+            return None
+        sources = [(domain.path, domain.columns or None) for domain in self.setting.domains]
+        return likely_tokens(self.tokenizer, self.setting.head_rows, sources)
 
     @property
     def words(self) -> str:
         """The two models, for the page."""
         kept = "all layers" if self.layers is None else f"layers {', '.join(map(str, self.layers))}"
-        return f"Target {self.setting.target}, draft {self.setting.draft or 'cut from it'}, {kept}"
+        rows = f", {len(self.head_ids)} rows of its head" if self.head_ids is not None else ""
+        return f"Target {self.setting.target}, draft {self.setting.draft or 'cut from it'}, {kept}{rows}"
+
+    @property
+    def head_words(self) -> list[str]:
+        """Where a reduced head comes from, for the page."""
+        if self.head_ids is None:
+            return []
+        return ["The head's rows are the tokens that the domains' own texts, answers included, use most."]
 
     @cached_property
     def facts(self) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class Replay:
         size = self.pace.size(cold=cold, updates=self.updates, backoff=1)
         if self._hungry or self.buffer.new < size:
             return
-        result = self.worker.run(Job(self.version, self.pace.take(self.buffer, size)))
+        result = self.worker.run(Job(self.version, self.pace.take(self.buffer, size), None, self.serving.ids_D))
         if result.error is not None:
             raise CheckpointError(result.error)
         self.updates += 1

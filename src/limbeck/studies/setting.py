@@ -39,8 +39,8 @@ class Setting:
     """target, draft: folders of models (draft None: cut from the target). layers: those of the draft's model that are
     kept (None: all of a given draft's, every other of the target's). requests: of each domain. max_tokens: of an
     answer. temperature: that the target answers with, and of live decoding. seeds: how many. update_size: new positions
-    that an update waits for. gamma: drafted tokens a round. head_rows: rows of the draft's head that are kept in the
-    speed study (0: all), weights: how it serves there.
+    that an update waits for. gamma: drafted tokens a round. head_rows: rows of the draft's head that are kept (0:
+    all). weights: how it serves in the speed study.
     """
 
     target: str

@@ -12,7 +12,7 @@ import numpy as np
 
 from limbeck.errors import RecipeError
 from limbeck.online import Pace, Training
-from limbeck.studies.acceptance import STREAM, along, fresh, mean_alpha, shuffled, taught, windowed
+from limbeck.studies.acceptance import along, fresh, mean_alpha, shuffled, stream_facts, taught, windowed
 from limbeck.studies.cells import Cells
 from limbeck.studies.material import Material
 from limbeck.studies.page import Result, Series
@@ -38,9 +38,10 @@ def run(setting: Setting, cells: Cells) -> Result:
         f"{material.words}; {count} requests of each stage, updates of {setting.update_size} positions. "
         f"What is forgotten is measured on {held} other requests of {first.name}",
     )
+    result.remarks += material.head_words
     for seed, arm in product(range(setting.seeds), ARMS):
         training, pace = _training(setting, ARMS[arm]), Pace(update_size=setting.update_size)
-        facts = {**setting.facts(*STREAM, "requests"), **material.facts, **taught(training, pace), "seed": seed}
+        facts = {**stream_facts(material), "requests": count, **taught(training, pace), "seed": seed}
         facts["prompts"] = [material.digest(domain, asked) for domain, asked in _asked(setting)]
         found = cells.get(f"shift-{arm}-{seed}", facts, partial(_stages, material, seed, training, pace))
         result.add(arm, seed, summary(found, count, first.name, second.name), cells.all[-1])

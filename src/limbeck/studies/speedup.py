@@ -23,7 +23,6 @@ from limbeck.decoding.drafts.ngram import NgramDraft
 from limbeck.decoding.requests import Request
 from limbeck.decoding.speculative import Engine
 from limbeck.models import eos_tokens, load_model, set_vocabulary
-from limbeck.online.vocabulary import likely_tokens
 from limbeck.studies.cells import Cells
 from limbeck.studies.material import Material
 from limbeck.studies.page import Result
@@ -58,12 +57,10 @@ def run(setting: Setting, cells: Cells) -> Result:
     material = Material(setting, cells.say)
     result = Result(
         "Tokens/s beside plain decoding",
-        f"{material.words}, weights {setting.weights}, head rows {setting.head_rows or 'all'}; {setting.requests} "
-        f"prompts a domain, batch 1, at most {setting.max_tokens} tokens, temperature {setting.temperature:g}. The "
-        "reading of prompts is not counted",
+        f"{material.words}, weights {setting.weights}; {setting.requests} prompts a domain, batch 1, at most "
+        f"{setting.max_tokens} tokens, temperature {setting.temperature:g}. The reading of prompts is not counted",
     )
-    if setting.head_rows:
-        result.remarks.append("The head's rows are the tokens that the domains' own texts, answers included, use most.")
+    result.remarks += material.head_words
     names = ("layers", "max_tokens", "temperature")
     ways = {**dict.fromkeys(_ways(material), _measure), **dict.fromkeys(PEERS, _peer)}
     for domain, way in product(setting.domains, ways):
@@ -104,13 +101,9 @@ def make_draft(material: Material) -> ModelDraft:
     if setting.draft is not None:
         source: Any = load_model(setting.draft, dtype=material.target.dtype)
         set_vocabulary(source, material.vocabulary)
-    rows = None
-    if setting.head_rows:
-        sources = [(domain.path, domain.columns or None) for domain in setting.domains]
-        rows = likely_tokens(material.tokenizer, setting.head_rows, sources)
     if material.layers is None:
-        return ModelDraft(source, weights=setting.weights, ids_D=rows)
-    return layers_draft(source, material.layers, weights=setting.weights, ids_D=rows)
+        return ModelDraft(source, weights=setting.weights, ids_D=material.head_ids)
+    return layers_draft(source, material.layers, weights=setting.weights, ids_D=material.head_ids)
 
 
 def _measure(material: Material, domain: Domain, way: str) -> dict[str, float]:
