@@ -96,7 +96,7 @@ def test_rounds_stand_with_their_chances_and_cover_the_answer() -> None:
 
 def replay_of(material: Material, folder: Path, **changes: Any) -> Replay:
     training = Training(learning_rate=3e-3)
-    return Replay(material.build, material.vocabulary, folder, training, Pace(update_size=64), 4, 0, **changes)
+    return Replay(material.building(ROWS), material.vocabulary, folder, training, Pace(update_size=64), 4, 0, **changes)
 
 
 def test_a_draft_that_learns_gets_better_and_one_that_does_not_stays(material: Material, tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_reduced_head_holds_the_tokens_that_the_texts_use(material: Material) 
 def test_a_reduced_head_bounds_a_streams_acceptance_and_is_kept_by_the_updater(tmp_path: Path) -> None:
     setting = setting_of(tmp_path, head_rows=8, requests=40)
     text = study("osd-acceptance", setting, quiet).read_text()
-    assert "8 rows of its head" in text and "that the domains' own texts" in text
+    assert "8 rows of its head" in text and "that the domain's own texts" in text
     with (setting.out / "osd-acceptance.csv").open() as file:
         found = {(row["method"], row["metric"]): float(row["value"]) for row in csv.DictReader(file)}
     for arm in ("static", "offline", "online"):
@@ -243,9 +243,10 @@ def test_a_reduced_head_bounds_a_streams_acceptance_and_is_kept_by_the_updater(t
     material = Material(setting, quiet)
     replay = replay_of(material, tmp_path / "one")
     replay.run(material.answers(ROWS, 50))
-    assert replay.updates and material.head_ids is not None
+    ids_D = material.head(ROWS)
+    assert replay.updates and ids_D is not None
     for learner in (replay.serving, replay.worker.learner):
-        assert learner.ids_D is not None and torch.equal(learner.ids_D, material.head_ids)
+        assert learner.ids_D is not None and torch.equal(learner.ids_D, ids_D)
     cells = len(list((setting.work / "osd-acceptance").glob("*.json")))
     study("osd-acceptance", setting_of(tmp_path, head_rows=9, requests=40), quiet)
     assert len(list((setting.work / "osd-acceptance").glob("*.json"))) == 2 * cells

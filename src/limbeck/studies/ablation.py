@@ -32,7 +32,7 @@ def run(setting: Setting, cells: Cells) -> Result:
     for seed, objective, times, positions in product(range(setting.seeds), OBJECTIVES, SIZES, POSITIONS):
         size = round(setting.update_size * times)
         training, pace = Training(objective, learning_rate=setting.learning_rate), Pace(update_size=size)
-        facts = {**stream_facts(material), **taught(training, pace, positions), "seed": seed}
+        facts = {**stream_facts(material, domain), **taught(training, pace, positions), "seed": seed}
         facts["prompts"] = material.digest(domain, setting.requests)
         compute = partial(_stream, material, seed, training, pace, positions)
         found = cells.get(f"{objective}-{size}-{positions}-{seed}", facts, compute)
@@ -42,7 +42,8 @@ def run(setting: Setting, cells: Cells) -> Result:
 
 
 def _stream(material: Material, seed: int, training: Training, pace: Pace, positions: Positions) -> dict[str, Any]:
-    setting, build, vocabulary = material.setting, material.build, material.vocabulary
+    setting, vocabulary = material.setting, material.vocabulary
+    build = material.building(setting.domains[0])
     stream = shuffled(material.answers(setting.domains[0], setting.requests), seed)
     name = f"ablation-{training.objective}-{pace.update_size}-{positions}-{seed}"
     with fresh(setting.work / "versions" / name) as folder:

@@ -52,9 +52,9 @@ def run(setting: Setting, cells: Cells) -> Result:
     return result
 
 
-def stream_facts(material: Material) -> dict[str, Any]:
-    """What every cell of a replayed stream depends on, beside prompts and training."""
-    ids_D = material.head_ids
+def stream_facts(material: Material, *domains: Domain) -> dict[str, Any]:
+    """What every cell of a replayed stream of these domains depends on, beside prompts and training."""
+    ids_D = material.head(*domains)
     head = {} if ids_D is None else {"head": hashlib.sha256(repr(ids_D.tolist()).encode()).hexdigest()}
     return {**material.setting.facts("layers", "max_tokens", "temperature", "gamma"), **material.facts, **head}
 
@@ -66,7 +66,12 @@ def _counts(setting: Setting) -> tuple[int, int]:
 
 def _facts(material: Material, domain: Domain, seed: int, arm: str) -> dict[str, Any]:
     setting = material.setting
-    facts = {**stream_facts(material), "prompts": material.digest(domain, *_counts(setting)), "seed": seed, "arm": arm}
+    facts = {
+        **stream_facts(material, domain),
+        "prompts": material.digest(domain, *_counts(setting)),
+        "seed": seed,
+        "arm": arm,
+    }
     if arm == "offline":
         facts |= asdict(_offline(setting))
     return facts | (taught(Training(learning_rate=setting.learning_rate), _pace(setting)) if arm == "online" else {})
@@ -87,13 +92,13 @@ def _pace(setting: Setting) -> Pace:
 
 
 def _arm(material: Material, domain: Domain, seed: int, arm: str) -> dict[str, Any]:
-    setting = material.setting
+    setting, build = material.setting, material.building(domain)
     answers = material.answers(domain, *_counts(setting))
     apart = answers[::_FIFTH]
     stream = shuffled([answer for place, answer in enumerate(answers) if place % _FIFTH], seed)
     facts = {"requests": len(stream), "requests apart": len(apart)}
     if arm == "offline":
-        learner = material.build()
+        learner = build()
         steps = train_offline(learner, stream, _offline(setting), seed)
         alpha = acceptance_on(learner, apart)
         curve = [(0.0, alpha), (float(len(stream)), alpha)]
@@ -102,7 +107,7 @@ def _arm(material: Material, domain: Domain, seed: int, arm: str) -> dict[str, A
         training = Training(learning_rate=setting.learning_rate)
         learns = arm == "online"
         replay = Replay(
-            material.build, material.vocabulary, folder, training, _pace(setting), setting.gamma, seed, learns=learns
+            build, material.vocabulary, folder, training, _pace(setting), setting.gamma, seed, learns=learns
         )
         found = along(replay, stream)
     found["curve"] = windowed(found["alpha"], found["verified"])

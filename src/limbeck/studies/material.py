@@ -25,7 +25,7 @@ from limbeck.studies.setting import Domain, Setting
 class Material:
     """Loads the target, in bf16 where that is faster. `layers`: those of the draft that are kept (None: all of a
     draft's own; by default every other one of the target's first, half as many as it has). `build`: makes the draft's
-    learner with the weights that it begins with. ModelError where they do not load."""
+    learner with the weights that it begins with and its whole head. ModelError where they do not load."""
 
     def __init__(self, setting: Setting, say: Say) -> None:
         self.setting, self.say = setting, say
@@ -38,36 +38,34 @@ class Material:
         self.layers = None if setting.layers is None else list(setting.layers)
         if self.layers is None and setting.draft is None:
             self.layers = every_other(target)
-        self.head_ids = self._head_ids()
-        self.build: Build = partial(
-            model_learner,
-            setting.draft or setting.target,
-            layers=self.layers,
-            vocabulary=self.vocabulary,
-            ids_D=self.head_ids,
-        )
+        folder = setting.draft or setting.target
+        self.build = partial(model_learner, folder, layers=self.layers, vocabulary=self.vocabulary)
         self._answers: dict[tuple[str, int], list[Trace]] = {}
 
-    def _head_ids(self) -> torch.Tensor | None:
-        """The tokens that the draft may draft, where its head is reduced: those that the domains' texts use most."""
+    def head(self, *domains: Domain) -> torch.Tensor | None:
+        """The tokens that the draft may draft, where its head is reduced: those that these domains' texts use most."""
         if not self.setting.head_rows:
             return None
-        sources = [(domain.path, domain.columns or None) for domain in self.setting.domains]
+        sources = [(domain.path, domain.columns or None) for domain in domains]
         return likely_tokens(self.tokenizer, self.setting.head_rows, sources)
+
+    def building(self, *domains: Domain) -> Build:
+        """As `build`, for a stream of these domains."""
+        return partial(self.build, ids_D=self.head(*domains))
 
     @property
     def words(self) -> str:
         """The two models, for the page."""
         kept = "all layers" if self.layers is None else f"layers {', '.join(map(str, self.layers))}"
-        rows = f", {len(self.head_ids)} rows of its head" if self.head_ids is not None else ""
+        rows = f", {self.setting.head_rows} rows of its head" if self.setting.head_rows else ""
         return f"Target {self.setting.target}, draft {self.setting.draft or 'cut from it'}, {kept}{rows}"
 
     @property
     def head_words(self) -> list[str]:
         """Where a reduced head comes from, for the page."""
-        if self.head_ids is None:
+        if not self.setting.head_rows:
             return []
-        return ["The head's rows are the tokens that the domains' own texts, answers included, use most."]
+        return ["The head's rows are the tokens that the domain's own texts, answers included, use most."]
 
     @cached_property
     def facts(self) -> dict[str, Any]:

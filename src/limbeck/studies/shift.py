@@ -41,7 +41,7 @@ def run(setting: Setting, cells: Cells) -> Result:
     result.remarks += material.head_words
     for seed, arm in product(range(setting.seeds), ARMS):
         training, pace = _training(setting, ARMS[arm]), Pace(update_size=setting.update_size)
-        facts = {**stream_facts(material), "requests": count, **taught(training, pace), "seed": seed}
+        facts = {**stream_facts(material, first, second), "requests": count, **taught(training, pace), "seed": seed}
         facts["prompts"] = [material.digest(domain, asked) for domain, asked in _asked(setting)]
         found = cells.get(f"shift-{arm}-{seed}", facts, partial(_stages, material, seed, training, pace))
         result.add(arm, seed, summary(found, count, first.name, second.name), cells.all[-1])
@@ -73,9 +73,8 @@ def _stages(material: Material, seed: int, training: Training, pace: Pace) -> di
     both = [trace for pair in zip(firsts[count:], seconds[count:], strict=True) for trace in pair][:count]
     with fresh(setting.work / "versions" / f"shift-{training.replay}-{seed}") as folder:
         remembered = _REMEMBERED if training.replay else 0
-        replay = Replay(
-            material.build, material.vocabulary, folder, training, pace, setting.gamma, seed, remembered=remembered
-        )
+        build = material.building(*setting.domains[:2])
+        replay = Replay(build, material.vocabulary, folder, training, pace, setting.gamma, seed, remembered=remembered)
         kept, parts = [acceptance_on(replay.serving, apart)], []
         for stage in (firsts[:count], seconds[:count], both):
             parts.append(along(replay, stage))

@@ -101,9 +101,10 @@ def make_draft(material: Material) -> ModelDraft:
     if setting.draft is not None:
         source: Any = load_model(setting.draft, dtype=material.target.dtype)
         set_vocabulary(source, material.vocabulary)
+    rows = material.head(*setting.domains)
     if material.layers is None:
-        return ModelDraft(source, weights=setting.weights, ids_D=material.head_ids)
-    return layers_draft(source, material.layers, weights=setting.weights, ids_D=material.head_ids)
+        return ModelDraft(source, weights=setting.weights, ids_D=rows)
+    return layers_draft(source, material.layers, weights=setting.weights, ids_D=rows)
 
 
 def _measure(material: Material, domain: Domain, way: str) -> dict[str, float]:
