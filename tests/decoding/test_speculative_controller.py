@@ -284,16 +284,17 @@ def test_a_place_where_tokens_fall_is_not_drafted_for():
     assert not controller.go_on("draft", [row], [[0.97, 0.97]])
 
 
-def test_a_long_match_is_taken_from_the_ngrams():
+@pytest.mark.parametrize("route", [None, "other"])
+def test_a_long_match_is_taken_from_the_ngrams(route: str | None):
     ngram = NgramDraft(size=3)
     controller = Adaptive("draft", ngram=("ngram", ngram))
     for width in (1, 2, 4, 8, 16):
         controller.probed(width, 0.1 + 0.02 * width)
-    row = live()
+    row = live(route=route)
     row.tokens = [*range(3, 20), *range(3, 12)]
     ngram.open(row)
     assert controller.plan([row])[0].draft == "ngram"
     # Matches that never stand are left alone after a while.
     for _ in range(60):
         controller.record(Round(1, 4, 1, 0.18, 0.18, {}, {}, [Drafted(row, "ngram", [9 / 11], [False])]))
-    assert controller.plan([row])[0].draft == "draft"
+    assert controller.plan([row])[0].draft == (route or "draft")

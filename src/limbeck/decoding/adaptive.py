@@ -43,7 +43,7 @@ class Adaptive:
     """Chooses for each round who drafts and how much, off included.
 
     draft: the name of the one that serves requests without a route; None: none does. ngram: its name and itself, used
-    where a match promises more than the others do. max_gamma: tokens drafted at most.
+    where a match promises more than the others do, whatever the route. max_gamma: tokens drafted at most.
     """
 
     def __init__(self, draft: str | None, *, ngram: tuple[str, NgramDraft] | None = None, max_gamma: int = 12) -> None:
@@ -138,7 +138,7 @@ class Adaptive:
         name, draft = self.ngram
         record, found = self.records[name], dict[int, tuple[int, Average]]()
         for place, row in enumerate(rows):
-            tokens, length = draft.look_up(row, self.max_gamma) if row.request.route is None else ((), 0)
+            tokens, length = draft.look_up(row, self.max_gamma)
             if tokens:
                 found[place] = len(tokens), record.bin_of(ngram_confidence(length))
         if not found:
