@@ -9,6 +9,9 @@ from typing import Any
 
 from limbeck.errors import RecipeError
 
+ARMS = ("static", "offline", "online")
+"""A draft that stays as it is, was trained before on the same requests, or learns from them as they are served."""
+
 _COLUMNS = ("prompt", "input", "completion", "text", "messages")
 
 
@@ -40,7 +43,7 @@ class Setting:
     kept (None: all of a given draft's, every other of the target's). requests: of each domain. max_tokens: of an
     answer. temperature: that the target answers with, and of live decoding. seeds: how many. update_size: new positions
     that an update waits for. gamma: drafted tokens a round. head_rows: rows of the draft's head that are kept (0:
-    all). weights: how it serves in the speed study.
+    all). weights: how it serves in the speed study. arms: of osd-acceptance, which of `ARMS`.
     """
 
     target: str
@@ -56,6 +59,7 @@ class Setting:
     gamma: int = 4
     head_rows: int = 0
     weights: str = "own"
+    arms: Sequence[str] = ARMS
     batch: int = 32
     out: Path = Path("docs/studies")
     work: Path = Path("runs/studies")
@@ -66,6 +70,8 @@ class Setting:
         names = [domain.name for domain in self.domains]
         if len(set(names)) < len(names):
             raise RecipeError(f"--domain: expected each name once, found {', '.join(names)}")
+        if not self.arms or set(self.arms) - set(ARMS):
+            raise RecipeError(f"--arms: expected some of {', '.join(ARMS)}, found {', '.join(self.arms) or 'none'}")
         for name in ("requests", "max_tokens", "seeds", "update_size", "gamma", "batch"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name}: expected at least 1, found {getattr(self, name)}")
