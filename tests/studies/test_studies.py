@@ -252,6 +252,14 @@ def test_a_reduced_head_bounds_a_streams_acceptance_and_is_kept_by_the_updater(t
     assert len(list((setting.work / "osd-acceptance").glob("*.json"))) == 2 * cells
 
 
+def test_arms_that_are_left_out_are_not_on_the_page(tmp_path: Path) -> None:
+    setting = setting_of(tmp_path, requests=8, arms=("static", "online"))
+    text = study("osd-acceptance", setting, quiet).read_text()
+    assert "| | static | online | online - static |" in text and "offline" not in text
+    with pytest.raises(RecipeError, match="--arms: expected some of static, offline, online, found onlin"):
+        setting_of(tmp_path, arms=("onlin",))
+
+
 @pytest.mark.parametrize("name", list(STUDIES))
 def test_a_study_writes_its_page_and_is_not_run_again(name: str, tmp_path: Path) -> None:
     said: list[str] = []
