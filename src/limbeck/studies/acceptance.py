@@ -25,11 +25,11 @@ from limbeck.studies.replay import Replay, acceptance_on, train_offline
 from limbeck.studies.setting import Domain, Setting
 
 _FIFTH = 5  # of a domain's answers one in so many is kept apart, and so are the first and last part of a stream
+_OFFLINE = {"epochs": 50, "patience": 6, "replay": 0.0}  # for as long as it gets better, nearly
 _OFFLINE_WORDS = (
-    "`offline` was trained on the same requests, with all positions, until a tenth of them got no better; its level "
-    "line is what it has apart. "
+    "`offline` was trained on the same requests, with all positions, until a tenth of them got no better, or for "
+    f"{_OFFLINE['epochs']} epochs; its level line is what it has apart. "
 )
-_OFFLINE = {"epochs": 50, "patience": 6, "replay": 0.0}  # for as long as it gets better
 
 
 def run(setting: Setting, cells: Cells) -> Result:
