@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from limbeck.objectives import OBJECTIVES, cross_entropy, divergence, language_modelling, policy
-from limbeck.types import Head, Hidden
+from limbeck.errors import PreflightError
+from limbeck.objectives import OBJECTIVES, MiniLLM, cross_entropy, divergence, language_modelling, policy
+from limbeck.recipe import Recipe
+from limbeck.types import Context, Head, Hidden, Sparse
 
 N, V, H, G = 7, 11, 4, 3
 
@@ -33,6 +35,38 @@ def test_cross_entropy_is_minus_the_log_probability(parts: tuple[torch.Tensor, H
     torch.testing.assert_close(terms.loss_N, expected_N)
     with_signal = cross_entropy(hidden_NH, head, signal, tokens_N, stats=("forward_kl",))
     torch.testing.assert_close(with_signal.loss_N, expected_N)
+
+
+def test_a_policy_gradient_is_not_taken_against_top_tokens_alone(
+    parts: tuple[torch.Tensor, Head, Hidden, torch.Tensor],
+) -> None:
+    hidden_NH, head, _, tokens_N = parts
+    uniform_N2 = torch.full((N, 2), 0.4, dtype=torch.float64).log()
+    top = Sparse(torch.stack([tokens_N, tokens_N + 1], 1), uniform_N2, torch.full((N,), 0.2, dtype=torch.float64).log())
+    context = Context(tokens=N, sequences=1, columns={})
+    with pytest.raises(PreflightError, match="expected a teacher's full distribution, found its top tokens alone"):
+        policy(hidden_NH, head, top, tokens_N, context=context)
+
+
+def test_the_authors_credit_by_hand() -> None:
+    """Gamma .95 over the rewards that remain, rewards / .5 and clipped at 100, r_t among them, whitened over tokens."""
+    minillm = {"method": "minillm", "teacher": "t", "student": "s", "corpus_weight": 0, "variant": "reference"}
+    credit = MiniLLM(**Recipe.parse(minillm).credit)  # pyright: ignore[reportAttributeAccessIssue]
+    rewards = [[1.0, -2.0, 80.0], [0.5, -70.0]]
+    sums: list[float] = []
+    for row in rewards:
+        clipped = [max(-100.0, min(100.0, reward / 0.5)) for reward in row]
+        for t in range(len(row)):
+            total = sum(0.95 ** (k - t) * clipped[k] for k in range(t, len(row)))
+            sums.append(total / (len(row) - t))
+    mean = sum(sums) / len(sums)
+    deviation = (sum((value - mean) ** 2 for value in sums) / len(sums)) ** 0.5
+    rewards_BT = torch.tensor([rewards[0], [*rewards[1], 0.0]], dtype=torch.float64)
+    mask_BT = torch.tensor([[True, True, True], [True, True, False]])
+    found_BT = credit.advantages(rewards_BT, torch.full_like(rewards_BT, 0.5), mask_BT)
+    expected_N = torch.tensor([(value - mean) / deviation for value in sums], dtype=torch.float64)
+    torch.testing.assert_close(found_BT[mask_BT], expected_N, rtol=1e-6, atol=1e-8)
+    assert credit._single_step(rewards_BT).eq(1).all()  # unweighted
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

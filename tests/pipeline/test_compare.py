@@ -51,6 +51,9 @@ def test_a_start_saves_where_it_evaluates_whatever_the_method_does(tmp_path: Pat
     run = distill(recipe(tmp_path, init=start, training=training), quiet=True)
     lines = [json.loads(line) for line in (tmp_path / "start" / "evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
+    assert all("eval_forward_kl" in line for line in lines)  # known too, but the loss decides
+    state = json.loads((tmp_path / "start" / "checkpoints" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_metric"] == min(line["eval_loss"] for line in lines)
     assert run.metrics["steps"] == 3
 
 

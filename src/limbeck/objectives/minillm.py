@@ -2,7 +2,8 @@
 
 Gu et al., ICLR 2024, arXiv 2306.08543. With q the student, p the teacher, T the completion's length:
 - each token was drawn from p~ = a p + (1 - a) q, and w_t = q(y_t) / p~(y_t);
-- the immediate reward's gradient is exact, the reverse KL over the vocabulary, weighted by w_t (single step, eq. 7);
+- the immediate reward's gradient is exact, the reverse KL over the vocabulary, weighted by w_t (single step, eq. 7),
+  which inner epochs keep as it was when the text was written; the surrogate's ratio follows the student;
 - later rewards r_k = log p(y_k) - log q(y_k) reach y_t through R_{t+1} = sum over k > t of r_k, over T - t (eq. 9).
 The objective is `policy` with reverse_kl, this credit, and a clip.
 """

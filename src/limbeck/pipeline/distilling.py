@@ -173,7 +173,7 @@ def start_stage(recipe: Recipe, seed: int, folder: Path) -> Recipe:
     own = {"save_strategy": "steps", "save_steps": steps} if steps else {}
     training = {**own, **recipe.init.training}
     stage = recipe.with_method("sft", seed=seed, training=training, output=str(folder), init=None)
-    return stage.replaced(evaluation={"prompts": 0, "steps": steps, "rows": recipe.evaluation.rows})
+    return stage.replaced(evaluation={"prompts": 0, "steps": steps, "rows": recipe.evaluation.rows, "best": "loss"})
 
 
 def finished(folder: Path, recipe: Recipe) -> Run | None:
