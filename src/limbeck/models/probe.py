@@ -13,7 +13,7 @@ from limbeck.ops.products import linear
 _TOKENS = 256
 _NARROW = 512  # below this width the casts of autocast cost more than its products save
 _GAIN = 1.3  # bf16 must be this much faster to be worth its rounding
-_ENOUGH = 1.0  # s
+_ENOUGH = 1.0  # s that one dtype is tried for, about
 
 
 def autocast_to(device: torch.device | str, dtype: torch.dtype | None) -> torch.autocast:

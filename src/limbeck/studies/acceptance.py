@@ -172,7 +172,7 @@ def windowed(alpha: Sequence[float], verified: Sequence[int], windows: int = 20)
 def summary(domain: str, found: dict[str, Any]) -> dict[str, float]:
     numbers = {f"{domain}: alpha apart, at the end": found["apart"]}
     numbers |= {f"{domain}: {name}": found[name] for name in ("requests", "requests apart")}
-    if found["known"] is not None:
+    if found.get("known") is not None:  # cells of before p(D) was kept have none
         numbers[f"{domain}: p(D) apart, which no alpha is above"] = found["known"]
     if "alpha" in found:
         first, last = ends(found["alpha"], found["verified"])
