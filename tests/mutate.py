@@ -4,18 +4,21 @@
     python tests/mutate.py --only divergences    those whose file, test or text holds the word
     python tests/mutate.py --list
 
-The repository is copied twice to a scratch folder; each copy takes one mutation at a time. A mutation is `killed` when
-its test fails (pytest's exit code 1) or hangs, `SURVIVED` when it passes, `BROKEN` when the entry itself is wrong: the
-text is not there exactly once, the test cannot be collected, is skipped, or fails on unbroken code.
+The repository is copied twice to a scratch folder; each copy takes one mutation at a time, and tests it in a fork of a
+process that has imported what is heavy (warm_pytest.py). A mutation is `killed` when its test fails (pytest's exit
+code 1) or hangs, `SURVIVED` when it passes, `BROKEN` when the entry itself is wrong: the text is not there exactly
+once, the test cannot be collected, is skipped, or fails on unbroken code.
 Exit code 0: all killed. 1: not.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +29,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIES = 2
@@ -87,21 +91,40 @@ def copy_tree(place: Path) -> Path:
     return copy
 
 
-def run_tests(copy: Path, tests: Sequence[str]) -> tuple[int | None, str]:
-    """Runs pytest in the copy, on the copy's own source. Returns (exit code, output); exit code None: it hung."""
-    command = [sys.executable, "-m", "pytest", "-m", "", "-rs", "--tb=line", "-p", "no:cacheprovider"]
-    command += [f"--timeout={TEST_TIMEOUT_S}", *tests]
-    environment = os.environ | {
-        "PYTHONPATH": str(copy / "src"),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    limit = PROCESS_TIMEOUT_S if len(tests) == 1 else None
-    try:
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return None, ""
-    return done.returncode, done.stdout + done.stderr
+class Runner:
+    """Runs tests of one copy of the repository, on the copy's own source."""
+
+    def __init__(self, copy: Path) -> None:
+        self.copy, self.output = copy, copy.parent / "output.txt"
+        environment = os.environ | {
+            "PYTHONPATH": str(copy / "src"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        warm = [sys.executable, str(Path(__file__).with_name("warm_pytest.py"))]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(warm, cwd=copy, env=environment, **pipes)
+
+    def run(self, tests: Sequence[str], *, limit: float | None = PROCESS_TIMEOUT_S) -> tuple[int | None, str]:
+        """(exit code of pytest, output); exit code None: it took longer than `limit` seconds and was killed."""
+        options = ["-m", "", "-rs", "--tb=line", "-p", "no:cacheprovider", f"--timeout={TEST_TIMEOUT_S}"]
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps([str(self.output), *options, *tests]) + "\n")
+        self.process.stdin.flush()
+        group, hung = int(self.process.stdout.readline()), threading.Event()
+
+        def end() -> None:
+            hung.set()
+            os.killpg(group, signal.SIGKILL)
+
+        timer = threading.Timer(limit or threading.TIMEOUT_MAX, end)
+        timer.start()
+        code = int(self.process.stdout.readline())
+        timer.cancel()
+        return None if hung.is_set() else code, self.output.read_text(encoding="utf-8", errors="replace")
+
+    def end(self) -> None:
+        self.process.communicate()
 
 
 def last_line(output: str) -> str:
@@ -109,14 +132,14 @@ def last_line(output: str) -> str:
     return lines[-1] if lines else "no output"
 
 
-def judge(mutation: Mutation, copy: Path) -> Verdict:
-    """Applies one mutation to the copy, runs its test, puts the file back."""
+def judge(mutation: Mutation, runner: Runner) -> Verdict:
+    """Applies one mutation to the runner's copy, runs its test, puts the file back."""
     start = time.monotonic()
-    path = copy / mutation.file
+    path = runner.copy / mutation.file
     original = path.read_text(encoding="utf-8")
     path.write_text(original.replace(mutation.text, mutation.replacement), encoding="utf-8")
     try:
-        code, output = run_tests(copy, [mutation.test])
+        code, output = runner.run([mutation.test])
     finally:
         path.write_text(original, encoding="utf-8")
     if code == 1:
@@ -130,27 +153,45 @@ def judge(mutation: Mutation, copy: Path) -> Verdict:
     return Verdict(mutation, outcome, why, time.monotonic() - start)
 
 
-def judge_all(mutations: Sequence[Mutation], copies: Sequence[Path]) -> list[Verdict]:
-    """Every mutation on whichever copy is free, one line printed as each ends."""
-    free: queue.SimpleQueue[Path] = queue.SimpleQueue()
-    for copy in copies:
-        free.put(copy)
+def pass_unbroken(tests: Sequence[str], runners: Sequence[Runner]) -> bool:
+    """Whether all tests pass on the code as it is, in the very processes that will judge; prints what fails."""
+    print(f"{len(tests)} tests on the unbroken code ...", flush=True)
+    files = sorted({test.partition("::")[0] for test in tests})
+    shares = [
+        [test for test in tests if test.partition("::")[0] in files[k :: len(runners)]] for k in range(len(runners))
+    ]
+    with ThreadPoolExecutor(len(runners)) as pool:
+        jobs = [
+            pool.submit(runner.run, share, limit=None) for runner, share in zip(runners, shares, strict=True) if share
+        ]
+    found = [job.result() for job in jobs]
+    for code, output in found:
+        if code != 0:
+            print(output)
+    return all(code == 0 for code, _ in found)
+
+
+def judge_all(mutations: Sequence[Mutation], runners: Sequence[Runner]) -> list[Verdict]:
+    """Every mutation on whichever runner is free, one line printed as each ends."""
+    free: queue.SimpleQueue[Runner] = queue.SimpleQueue()
+    for runner in runners:
+        free.put(runner)
     lock, ended = threading.Lock(), 0
 
     def one(mutation: Mutation) -> Verdict:
         nonlocal ended
-        copy = free.get()
+        runner = free.get()
         try:
-            verdict = judge(mutation, copy)
+            verdict = judge(mutation, runner)
         finally:
-            free.put(copy)
+            free.put(runner)
         with lock:
             ended += 1
             counted = f"{ended:3}/{len(mutations)}"
             print(f"{counted} {verdict.outcome:8} {verdict.seconds:5.1f} s  {mutation.title}", flush=True)
         return verdict
 
-    with ThreadPoolExecutor(len(copies)) as pool:
+    with ThreadPoolExecutor(len(runners)) as pool:
         return list(pool.map(one, mutations))
 
 
@@ -171,15 +212,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     broken = [Verdict(m, "BROKEN", problem, 0.0) for m in mutations if (problem := m.problem(ROOT))]
     sound = [m for m in mutations if m.problem(ROOT) is None]
     with tempfile.TemporaryDirectory(prefix="limbeck-mutate-") as scratch:
-        copies = [copy_tree(Path(scratch) / str(k)) for k in range(COPIES)]
-        tests = sorted({m.test for m in sound})
-        print(f"{len(tests)} tests on the unbroken code ...", flush=True)
-        code, output = run_tests(copies[0], tests) if tests else (0, "")
-        if code != 0:
-            print(output)
-            print("mutate: expected every named test to pass on the unbroken code, found the above: fix that first")
-            return 1
-        verdicts = broken + judge_all(sound, copies)
+        runners = [Runner(copy_tree(Path(scratch) / str(k))) for k in range(COPIES)]
+        try:
+            if not pass_unbroken(sorted({m.test for m in sound}), runners):
+                print("mutate: expected every named test to pass on the unbroken code, found the above: fix that first")
+                return 1
+            verdicts = broken + judge_all(sound, runners)
+        finally:
+            for runner in runners:
+                runner.end()
 
     counts = {word: sum(v.outcome == word for v in verdicts) for word in ("killed", "SURVIVED", "BROKEN")}
     for verdict in verdicts:

@@ -68,27 +68,33 @@ def test_every_mutation_applies_and_names_a_test() -> None:
 
 
 def test_the_mutation_runner_tells_killed_survived_and_broken_apart(tmp_path: Path) -> None:
-    (tmp_path / "code.py").write_text("def double(x):\n    return 2 * x\n")
-    (tmp_path / "test_code.py").write_text(
-        "import pytest\nfrom code_under_test import double\n\n"
+    copy = tmp_path / "main"
+    copy.mkdir()
+    (copy / "code_under_test.py").write_text("def double(x):\n    return 2 * x\n")
+    (copy / "test_code.py").write_text(
+        "import time\nimport pytest\nfrom code_under_test import double\n\n"
         "def test_value():\n    assert double(3) == 6\n\n"
         "def test_weak():\n    assert double(0) == 0\n\n"
-        "@pytest.mark.skip\ndef test_skipped():\n    assert double(3) == 6\n"
+        "@pytest.mark.skip\ndef test_skipped():\n    assert double(3) == 6\n\n"
+        "def test_slow():\n    time.sleep(60)\n"
     )
-    (tmp_path / "code.py").rename(tmp_path / "code_under_test.py")
+    runner = mutate.Runner(copy)
 
     def outcome(text: str, replacement: str, test: str) -> str:
         mutation = mutate.Mutation("code_under_test.py", text, replacement, f"test_code.py::{test}")
-        return mutate.judge(mutation, tmp_path).outcome
+        return mutate.judge(mutation, runner).outcome
 
     assert outcome("2 * x", "3 * x", "test_value") == "killed"
     assert outcome("2 * x", "3 * x", "test_weak") == "SURVIVED"
     assert outcome("2 * x", "3 * x", "test_skipped") == "BROKEN"
     assert outcome("2 * x", "2 *", "test_value") == "BROKEN"
     assert outcome("2 * x", "3 * x", "test_absent") == "BROKEN"
-    assert (tmp_path / "code_under_test.py").read_text().endswith("2 * x\n")
+    assert runner.run(["test_code.py::test_slow"], limit=3) == (None, "")
+    assert outcome("2 * x", "3 * x", "test_value") == "killed"
+    runner.end()
+    assert (copy / "code_under_test.py").read_text().endswith("2 * x\n")
     twice = mutate.Mutation("code_under_test.py", "x", "y", "test_code.py::test_value")
-    assert twice.problem(tmp_path) == "expected the text once in code_under_test.py, found it 2 times"
+    assert twice.problem(copy) == "expected the text once in code_under_test.py, found it 2 times"
 
 
 # Documents and lists

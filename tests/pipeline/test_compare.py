@@ -18,6 +18,7 @@ from limbeck.evaluation import exposure
 from limbeck.models import load_model, load_tokenizer
 from limbeck.pipeline import Limit, compare, distill, evaluate_folder
 from limbeck.recipe import Recipe
+from limbeck.report.load import load
 
 QUIET = Console(quiet=True)
 
@@ -181,3 +182,33 @@ def test_a_method_with_changes_is_a_cell_of_its_own(tmp_path: Path) -> None:
     ]
     with pytest.raises(RecipeError, match="gkd:lmda=0: lmda: no such key; did you mean 'lmbda'"):
         compare(recipe(tmp_path), methods=["gkd:lmda=0"], limit=Limit(steps=1), seeds=[0], console=QUIET)
+
+
+def test_a_sweep_over_one_number_has_a_picture_and_the_reward_of_training(tmp_path: Path) -> None:
+    """Variants that differ in one number alone: what all share stands in the title, the rest over that number."""
+    reward = "reward={name: accuracy, column: completion}+samples=2"
+    variants = [f"gkd:{reward}+distill_weight={alpha}" for alpha in (1, 0.5, 0)]
+    made = recipe(tmp_path, training={"max_steps": 20, "per_device_train_batch_size": 4, "save_strategy": "no"})
+    folder = compare(made, methods=variants, limit=Limit(steps=20), seeds=[0, 1], console=QUIET)
+    comparison = json.loads((folder / "comparison.json").read_text())
+    assert [row["label"] for row in comparison["table"][2:]] == [
+        f"GKD, distill_weight={alpha}" for alpha in (1, 0.5, 0)
+    ]
+    assert comparison["title"].endswith(
+        "from one start; all with reward={name: accuracy, column: completion}, samples=2"
+    )
+    for row, alpha in zip(comparison["table"][2:], (1, 0.5, 0), strict=True):
+        found: list[float] = []
+        for seed in (0, 1):
+            (log,) = folder.glob(f"runs/*distill_weight={alpha}-seed{seed}/metrics.jsonl")
+            steps = [json.loads(line)["reward"] for line in log.read_text().splitlines()]
+            assert len(steps) == 20
+            found.append(sum(steps[18:]) / 2)
+        assert row["metrics"]["training_reward"]["values"] == pytest.approx(found)
+    assert [pair["metric"] for pair in comparison["pairs"]].count("training_reward") == 3
+    assert ",training_reward," in (folder / "results.csv").read_text()
+    assert "Reward while training" in (folder / "sweep.svg").read_text()
+    assert "Over distill_weight" in (folder / "report.html").read_text()
+    report = load([folder])
+    assert [group.key for group in report.groups] == variants == [row.key for row in report.methods]
+    assert all(len(group.runs) == 2 for group in report.groups)

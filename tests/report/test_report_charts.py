@@ -11,7 +11,8 @@ from limbeck.report import units
 from limbeck.report.charts import BINS, Line, Style, dot_chart, line_chart, running_mean, thin, tick_texts, ticks
 from limbeck.report.completions import marked
 from limbeck.report.curves import over_seeds
-from limbeck.report.load import Estimate
+from limbeck.report.load import Estimate, Report, Row
+from limbeck.report.sweep import sweep, sweep_charts
 
 
 @pytest.mark.parametrize(
@@ -134,3 +135,24 @@ def test_marks_are_escaped_and_only_where_texts_are_alike() -> None:
     assert marked("  a\n b", "  a\n b") == "  a\n b"
     assert marked("  a b\n\n c e", "a b c d") == "  a b\n\n c <mark>e</mark>"
     assert marked("<i>", None) == "&lt;i&gt;"
+
+
+def rows_of(means: dict[str, float]) -> list[Row]:
+    return [Row(key, key, "method", {"accuracy": Estimate(mean)}) for key, mean in means.items()]
+
+
+def test_a_sweep_is_one_method_with_one_number_that_differs() -> None:
+    rows = rows_of({"gkd:lmbda=1": 0.3, "gkd:lmbda=0": 0.1, "gkd:lmbda=0.5": 0.2})
+    found = sweep(rows)
+    assert found is not None and found[0] == "lmbda" and [value for value, _ in found[1]] == [0.0, 0.5, 1.0]
+    chart = sweep_charts(Report("", "accuracy", rows, []))[0]
+    assert chart.x_label == "lmbda" and [round(x) for x, _ in chart.lines[0]["marks"]] == [0, 50, 100]
+    for others in (
+        {"gkd:lmbda=1": 0.3, "gkd:lmbda=0": 0.1},
+        {"gkd:lmbda=1": 0.3, "gkd:lmbda=0": 0.1, "kd:lmbda=0": 0.2},
+        {"gkd:lmbda=1": 0.3, "gkd:lmbda=0": 0.1, "gkd": 0.2},
+        {"gkd:lmbda=1+samples=2": 0.3, "gkd:lmbda=0+samples=2": 0.1, "gkd:lmbda=0.5+samples=4": 0.2},
+        {"gkd:offline=dataset": 0.3, "gkd:offline=teacher": 0.1, "gkd:offline=both": 0.2},
+        {"sft": 0.1, "kd": 0.2, "gkd": 0.3},
+    ):
+        assert sweep(rows_of(others)) is None and sweep_charts(Report("", "accuracy", rows_of(others), [])) == []

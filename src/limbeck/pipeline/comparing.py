@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from limbeck.pipeline.distilling import Run, distill, finished, start_stage, wri
 from limbeck.pipeline.limit import Limit
 from limbeck.pipeline.table import print_comparison
 from limbeck.recipe import RECIPES, Recipe
-from limbeck.report import environment, write_report
-from limbeck.scoring import lower_is_better, reward_name
+from limbeck.report import environment, sweep_figure, write_report
+from limbeck.scoring import TRAINING_REWARD, lower_is_better, reward_name
 from limbeck.settings import apply_overrides
 
 CSV_COLUMNS = ("study", "method", "seed", "metric", "value", "seconds", "command", "commit")
@@ -41,7 +41,8 @@ def compare(
     console: Console | None = None,
 ) -> Path:
     """Trains every method with every seed from that seed's start, evaluates alike, and writes comparison.json,
-    results.csv and report.html into the recipe's `output`, which is returned.
+    results.csv and report.html into the recipe's `output`, which is returned; and sweep.svg where the methods are one
+    method with different values of one number.
 
     A method may carry changes of its recipe, `minillm:length_norm=false+teacher_mix=0`: an ablation, or a sweep.
 
@@ -62,11 +63,14 @@ def compare(
     for (method, seed), cell in cells.items():
         if recipe.init is not None:
             cell = cell.started_from(_start(recipe, seed, folder).student_path)
-        runs[method, seed] = _run_cell(cell, limit, folder, console)
+        runs[method, seed] = _with_training_reward(_run_cell(cell, limit, folder, console), cell)
     comparison = _comparison(recipe, methods, seeds, limit, runs, folder)
     write_json(folder / "comparison.json", comparison)
     _write_csv(folder / "results.csv", name, comparison, runs)
     report = write_report(folder)
+    picture = sweep_figure(folder)
+    if picture is not None:
+        (folder / "sweep.svg").write_text(picture, encoding="utf-8")
     print_comparison(comparison, console)
     console.print(f"\nreport   {report}\nnumbers  {folder / 'results.csv'}", soft_wrap=True)
     return folder
@@ -82,9 +86,18 @@ def _cell(recipe: Recipe, variant: str, seed: int, limit: Limit, folder: Path) -
     return Recipe.parse(apply_overrides(settings, changes.split("+")), where=variant) if changes else cell
 
 
-def _label(variant: str) -> str:
-    method, _, changes = variant.partition(":")
-    return METHODS[method].label + (f", {changes.replace('+', ', ')}" if changes else "")
+def _labels(variants: list[str]) -> tuple[dict[str, str], list[str]]:
+    """({variant: its name in the table}, the changes that all have, which are left out of the names)."""
+    changes_of = {variant: [part for part in variant.partition(":")[2].split("+") if part] for variant in variants}
+    common = [part for part in changes_of[variants[0]] if all(part in changes for changes in changes_of.values())]
+    common = common if len(variants) > 1 else []
+    labels = {
+        variant: ", ".join(
+            [METHODS[variant.partition(":")[0]].label, *(part for part in changes if part not in common)]
+        )
+        for variant, changes in changes_of.items()
+    }
+    return labels, common
 
 
 def _start(recipe: Recipe, seed: int, folder: Path) -> Run:
@@ -109,6 +122,20 @@ def _run_cell(cell: Recipe, limit: Limit, folder: Path, console: Console) -> Run
     return run
 
 
+def _with_training_reward(run: Run, cell: Recipe) -> Run:
+    """The run with TRAINING_REWARD among its metrics, where its recipe has a reward."""
+    if getattr(cell, "reward", None) is None:
+        return run
+    steps = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rewards = [step["reward"] for step in steps if "reward" in step]
+    if not rewards:  # the student wrote nothing
+        return run
+    last = float(np.mean(rewards[-max(1, len(rewards) // 10) :]))
+    metrics = {**run.metrics["metrics"], TRAINING_REWARD: asdict(mean_interval(np.array([last])))}
+    per_prompt = {**run.metrics["per_prompt"], TRAINING_REWARD: [last]}
+    return replace(run, metrics={**run.metrics, "metrics": metrics, "per_prompt": per_prompt})
+
+
 def _comparison(
     recipe: Recipe, methods: list[str], seeds: list[int], limit: Limit, runs: dict[tuple[str, int], Run], folder: Path
 ) -> dict[str, Any]:
@@ -117,24 +144,25 @@ def _comparison(
     metric = named[0] if named else "forward_kl" if recipe.teacher else "loss"
     rows = [{"method": "teacher", "label": "Teacher", "metrics": first["teacher_metrics"]}] if recipe.teacher else []
     starts = [runs[methods[0], seed].metrics for seed in seeds]
+    labels, common = _labels(methods)
     rows.append({"method": "start", "label": "Start", "metrics": _over_seeds(starts, "before")})
     for method in methods:
         own = [runs[method, seed].metrics for seed in seeds]
         rows.append(
             {
                 "method": method,
-                "label": _label(method),
+                "label": labels[method],
                 "recipe": str((runs[method, seeds[0]].folder / "recipe.yaml").relative_to(folder)),
                 "metrics": _over_seeds(own, "metrics"),
                 "seconds": float(np.mean([run["seconds"] for run in own])),
                 "steps": float(np.mean([run["steps"] for run in own])),
             }
         )
-    compared = dict.fromkeys([metric, f"{metric}_greedy", EX_ACC_ERR, "forward_kl", "loss"])
-    compared = [name for name in compared if name in first["per_prompt"]]
+    compared = dict.fromkeys([metric, f"{metric}_greedy", TRAINING_REWARD, EX_ACC_ERR, "forward_kl", "loss"])
+    compared = [name for name in compared if all(name in run.metrics["per_prompt"] for run in runs.values())]
     pairs = [_pair(a, b, name, seeds, runs) for name in compared for b, a in combinations(methods, 2)]
     return {
-        "title": f"{', '.join(_label(method) for method in methods)} from one start",
+        "title": f"{', '.join(labels.values())} from one start" + (f"; all with {', '.join(common)}" if common else ""),
         "budget": str(limit),
         "seeds": seeds,
         "command": shlex.join(["limbeck", *sys.argv[1:]]),

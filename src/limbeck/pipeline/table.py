@@ -8,15 +8,25 @@ from rich.console import Console
 from rich.table import Table
 
 from limbeck.evaluation import EX_ACC_ERR
+from limbeck.scoring import TRAINING_REWARD
 
-TITLES = {EX_ACC_ERR: "ExAccErr %", "forward_kl": "KL(T||S)", "reverse_kl": "KL(S||T)"}
+TITLES = {
+    TRAINING_REWARD: "reward, training",
+    EX_ACC_ERR: "ExAccErr %",
+    "forward_kl": "KL(T||S)",
+    "reverse_kl": "KL(S||T)",
+}
 
 
 def print_comparison(comparison: dict[str, Any], console: Console) -> None:
     """Means with 95 % intervals; the pairs of the main metric with a verdict."""
     names = list(dict.fromkeys(name for row in comparison["table"] for name in row["metrics"]))
     main = comparison["metric"]
-    shown = [name for name in (main, f"{main}_greedy", EX_ACC_ERR, "forward_kl", "reverse_kl") if name in names]
+    shown = [
+        name
+        for name in (main, f"{main}_greedy", TRAINING_REWARD, EX_ACC_ERR, "forward_kl", "reverse_kl")
+        if name in names
+    ]
     shown = list(dict.fromkeys(shown))
     table = Table(title=f"{comparison['title']}: {comparison['budget']}, training seeds {comparison['seeds']}")
     table.add_column("method", overflow="fold", max_width=28)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from limbeck.report.charts import START, Chart, Line, Style, line_chart
+from limbeck.report.load import load
 from limbeck.report.page import MARKERS, templates
+from limbeck.report.sweep import sweep_charts
 from limbeck.report.units import fixed
 
 
@@ -32,6 +35,13 @@ def exposure_figure(title: str, exposure: Mapping[str, Any]) -> str:
     line = Line("ExAccErr", Style.of(0), lengths, exposure["percent"], band=band)
     note = f"{exposure['prompts'][0]} prompts, {exposure['prompts'][-1]} of them at the end; band: 95 % interval"
     return figure(line_chart(title, [line], x_label="length, tokens", unit="percent", note=note))
+
+
+def sweep_figure(folder: Path) -> str | None:
+    """The main metric of a compare folder over the one number in which its variants differ, as SVG; None where they
+    differ otherwise."""
+    charts = sweep_charts(load([folder]))
+    return figure(charts[0]) if charts else None
 
 
 def figure(chart: Chart) -> str:

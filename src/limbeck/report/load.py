@@ -132,6 +132,11 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if path.is_dir()), key=_natural) if folder.is_dir() else []
 
 
+def _without_seed(path: Path) -> str:
+    """A cell's folder holds its variant in letters that a file system takes, and its seed."""
+    return re.sub(r"-seed\d+$", "", path.name)
+
+
 def _natural(path: Path) -> list[str | int]:
     """Sorts seed10 after seed9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
@@ -178,7 +183,7 @@ def _run(folder: Path, notes: list[str]) -> Run:
     recipe = recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.exists() else ""
     evaluation = _object(folder / "evaluation.json", notes)
     name = folder.resolve().name
-    method = str(evaluation.get("method") or _recipe_method(recipe) or re.sub(r"-seed\d+$", "", name))
+    method = str(evaluation.get("method") or _recipe_method(recipe) or _without_seed(folder.resolve()))
     return Run(
         folder=folder,
         name=name,
@@ -223,10 +228,11 @@ def estimates(metrics: object) -> dict[str, Estimate]:
 
 
 def _comparison(folder: Path, table: dict[str, Any], notes: list[str]) -> Report:
+    rows = [_table_row(entry) for entry in records(table.get("table"))]
+    keys_of = {_without_seed(Path(row.recipe).parent): row.key for row in rows if row.recipe}
     runs: dict[str, list[Run]] = {}
     for path in _subfolders(folder / "runs"):
-        runs.setdefault(re.sub(r"-seed\d+$", "", path.name), []).append(_run(path, notes))
-    rows = [_table_row(entry) for entry in records(table.get("table"))]
+        runs.setdefault(keys_of.get(_without_seed(path), _without_seed(path)), []).append(_run(path, notes))
     labels = {row.key: row.label for row in rows}
     known = [row.key for row in rows if row.kind == "method"]
     keys = [key for key in known if key in runs] + [key for key in runs if key not in labels]

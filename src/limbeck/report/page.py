@@ -17,6 +17,7 @@ from limbeck.report.charts import START, TEACHER, Style
 from limbeck.report.completions import cards, rollouts
 from limbeck.report.curves import MAIN, MORE, Styles, evaluation_charts, position_chart, training_charts
 from limbeck.report.load import Group, Report, load
+from limbeck.report.sweep import sweep_charts
 from limbeck.report.units import finite
 
 CARDS = 24  # prompts on a page
@@ -97,6 +98,7 @@ def render(report: Report) -> str:
             tiles=tiles(report),
             facts=facts(report),
             table=results(report),
+            swept=sweep_charts(report),
             dots=main_dots(report, styles),
             pairs=pair_views(report),
             every_seed=seed_values(report),

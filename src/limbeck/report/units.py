@@ -26,6 +26,7 @@ NAMES = {
     "rouge_l": "ROUGE-L",
     "rouge_2": "ROUGE-2",
     "bleu": "BLEU",
+    "training_reward": "Reward while training",
     "ex_acc_err": "Excess accumulated error, %",
 }
 

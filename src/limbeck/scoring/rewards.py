@@ -42,6 +42,10 @@ RIGHT_OR_WRONG = ("exact_match", "numeric_answer", "accuracy", "regex", "reasoni
 """Names that say whether a completion is right: 1, or less where it is wrong."""
 
 
+TRAINING_REWARD = "training_reward"
+"""The name in tables of the mean reward over the last tenth of a run's steps: of the texts that it trained on."""
+
+
 def build_reward(spec: str | Mapping[str, Any] | Score, *, device: Any = None) -> Reward:
     """The reward that `spec` names (see the module's first lines); a function is called as a score is.
 
