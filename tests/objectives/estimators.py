@@ -26,7 +26,8 @@ def main() -> None:
         "float64; student and\nteacher are random tables (seeds 1 and 2). *Bias*: distance of the estimate's mean from "
         "the gradient of the\nsequences' reverse KL, over its length. *Variance*: of one sequence's gradient. "
         "Length normalisation and clip change\nwhat is estimated: their bias is by design. `a`: the teacher's share of "
-        "what was written.\n"
+        "what was written. A sequence's terms are summed;\nthe trainer divides a step's sum by its number of tokens, "
+        "as the authors' code does: a ratio of two random sums, which is\nconsistent, not unbiased.\n"
     )
     print(
         "| estimate | "
