@@ -89,7 +89,7 @@ def test_the_mutation_runner_tells_killed_survived_and_broken_apart(tmp_path: Pa
     assert outcome("2 * x", "3 * x", "test_skipped") == "BROKEN"
     assert outcome("2 * x", "2 *", "test_value") == "BROKEN"
     assert outcome("2 * x", "3 * x", "test_absent") == "BROKEN"
-    assert runner.run(["test_code.py::test_slow"], limit=3) == (None, "")
+    assert runner.run(["test_code.py::test_slow"], limit=3)[0] is None
     assert outcome("2 * x", "3 * x", "test_value") == "killed"
     runner.end()
     assert (copy / "code_under_test.py").read_text().endswith("2 * x\n")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import transformers
 import typer
+import yaml
 from rich.console import Console
 
 from limbeck import ranks
@@ -102,7 +103,11 @@ def evaluate(
         list[str], typer.Option(help="JSONL, Parquet, hub id or embedded:test:200; once for each data set")
     ],
     metrics: Annotated[
-        str, typer.Option(help="comma-separated: rouge_l, accuracy, distinct_4, ... or module:function")
+        str,
+        typer.Option(
+            help="comma-separated: rouge_l, accuracy, distinct_4, ... or module:function; with options, a list as in a "
+            "recipe: '[rouge_l, {name: regex, pattern: ...}]'"
+        ),
     ] = "rouge_l",
     seeds: Annotated[
         str | None, typer.Option(help="how many samples a prompt (5), or the seeds: 10,20,30,40,50")
@@ -132,7 +137,7 @@ def evaluate(
     pipeline.evaluate_folder(
         model,
         data[0] if len(data) == 1 else data,
-        metrics=[metric for metric in metrics.split(",") if metric],
+        metrics=_metrics(metrics),
         seeds=_seeds(seeds),
         samples=samples,
         teacher=teacher,
@@ -146,6 +151,21 @@ def evaluate(
         out=out,
         console=console,
     )
+
+
+def _metrics(text: str) -> list[Any]:
+    """Names between commas, or a YAML list of what a recipe's `evaluation.metrics` takes."""
+    if not text.lstrip().startswith("["):
+        return [name.strip() for name in text.split(",") if name.strip()]
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"--metrics: expected a list in YAML, found {text!r}: {' '.join(str(error).split())}"
+        ) from None
+    if any(not isinstance(metric, str | dict) for metric in found):
+        raise RecipeError(f"--metrics: expected names and tables with a name, found {text!r}")
+    return found
 
 
 def _seeds(text: str | None) -> int | list[int] | None:

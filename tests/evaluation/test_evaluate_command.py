@@ -271,5 +271,10 @@ def test_the_command_line(files: dict[str, str], folders: dict[str, str], monkey
     assert (asked["data"], asked["metrics"], asked["samples"]) == (["a", "b"], ["rouge_l", "accuracy"], 8)
     assert asked["with_exposure"] and asked["with_calibration"] and asked["no_repeat_ngram_size"] == 6
     assert (asked["teacher"], asked["out"]) == ("t", Path("o"))
+    assert run("--metrics", ' [rouge_l, {name: regex, pattern: "a, [bc]"}]').exit_code == 0
+    assert asked["metrics"] == ["rouge_l", {"name": "regex", "pattern": "a, [bc]"}]
+    for wrong, expected in (("[rouge_l, {", "expected a list in YAML"), ("[3]", "expected names and tables")):
+        with pytest.raises(RecipeError, match=expected):
+            raise run("--metrics", wrong).exception or AssertionError("no error")
     for wrong in ("0", "x", ",", "1,x"):
         assert isinstance(run("--seeds", wrong).exception, RecipeError)
