@@ -295,7 +295,7 @@ def study(
     head_rows: Annotated[int, typer.Option(min=0, help="rows of the draft's head that are kept; 0: all")] = 0,
     weights: Annotated[str, typer.Option(help="osd-speedup: the draft's weights: own, int8 or int4")] = "own",
     arms: Annotated[
-        str, typer.Option(help="osd-acceptance: which drafts, of static, offline and online")
+        str, typer.Option(help="osd-acceptance: which drafts, of static, offline, online and idle")
     ] = "static,offline,online",
     out: Annotated[Path, typer.Option(help="the folder for NAME.md, NAME.csv and NAME.png")] = Path("docs/studies"),
     work: Annotated[Path, typer.Option(help="recorded answers and finished cells")] = Path("runs/studies"),

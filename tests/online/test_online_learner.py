@@ -353,13 +353,43 @@ def test_the_rate_follows_what_training_finds(tmp_path: Path, lot: Lot) -> None:
 def test_an_epoch_has_enough_steps_and_replays_its_share(lot: Lot) -> None:
     for least, replay in ((8, 0.0), (8, 0.5), (24, 0.5)):
         training = Training(epochs=20, least_steps=least, replay=replay, measures=1)
-        made = list(_order(lot.train, lot.gate, training, 20, torch.Generator().manual_seed(0)))
+        made = list(_order(lot.train, lot.gate, training, range(20), torch.Generator().manual_seed(0)))
         sizes = [int(one.real_BT.numel()) for one in made if one is not None]
         most = -(-sum(len(trace.tokens) for trace in lot.train) // least)
         assert max(sizes) <= max(most, max(len(trace.tokens) for trace in lot.train))
         steps, fresh = len(sizes) / 20, len(batches(lot.train, most))
         assert fresh >= least
         assert steps == pytest.approx(fresh / (1 - replay), rel=0.15 if replay else 0)
+
+
+def test_idle_time_allows_more_epochs_one_by_one(tmp_path: Path, lot: Lot) -> None:
+    """Those beyond `epochs` begin only where nobody is served; patience ends them as any others."""
+    training = Training(epochs=2, idle_epochs=5, measures=1, patience=99)
+
+    def epochs(idle: list[bool], **changes: Any) -> int:
+        learner, changed, count = _learner(), replace(training, **changes), list[int]()
+        fit(
+            learner,
+            optimiser_of(learner, changed),
+            lot.train,
+            lot.stop,
+            changed,
+            torch.Generator().manual_seed(0),
+            idle=lambda: idle.pop(0),
+            measured=lambda steps, loss, alpha: count.append(steps),
+        )
+        return len(count)
+
+    assert epochs([True] * 3) == 5 and epochs([False]) == 2 and epochs([True, False]) == 3
+    assert epochs([], idle_epochs=1) == 2
+    assert epochs([True] * 3, patience=3, learning_rate=0.0) == 3  # weights that do not move get no better
+    steps: list[int] = []
+    for idle in (False, True):
+        worker = _worker(tmp_path / str(idle), epochs=1, idle_epochs=3, patience=99)
+        worker.idle = lambda idle=idle: idle
+        worker.run(Job(0, lot))
+        steps.append(worker.average.steps)
+    assert steps[1] > 2 * steps[0]
 
 
 def test_the_gate_is_asked_about_the_newest_first(tmp_path: Path, lot: Lot) -> None:

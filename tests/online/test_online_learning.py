@@ -22,6 +22,7 @@ from online_helpers import (
     learning_of,
     llama,
     prompts,
+    record,
     saved,
     small_trace,
     submit_all,
@@ -379,6 +380,25 @@ def test_the_updater_is_nice_once_its_share_is_bounded(tmp_path: Path) -> None:
     updater.end()
     nicer = max(10 - own, 0)
     assert found == [0, nicer, nicer]
+
+
+def test_the_updater_uses_idle_time(tmp_path: Path) -> None:
+    """An update beside requests takes one epoch here, one without takes up to 24: the second job, of a process that is
+    warm by then, takes far more of a core than the first."""
+    model = llama(scale=0.2)
+    buffer = Buffer(positions="all", top=32)
+    record(model, layers_draft(model, [0]), buffer, prompts(24), keep=lambda place: place % 2 == 0, tokens=32)
+    lot, build = buffer.take(10**6), partial(model_learner, saved(model, tmp_path / "model"), layers=[0])
+    training = Training(epochs=1, idle_epochs=24, patience=99)
+    updater = Updater(build, tmp_path / "versions", training, Gate(), threads=1)
+    spent: list[float] = []
+    for busy in (True, False):
+        updater.set_busy(busy)
+        before = updater.worked
+        updater.run(Job(0, lot))
+        spent.append(updater.worked - before)
+    updater.end()
+    assert spent[1] > 2 * spent[0]
 
 
 def test_an_updater_that_still_loads_is_ended_at_once(tmp_path: Path) -> None:

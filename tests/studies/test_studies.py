@@ -112,6 +112,18 @@ def test_a_draft_that_learns_gets_better_and_one_that_does_not_stays(material: M
     assert all(a == b for a, b in zip(online, static, strict=True) if a.version == 0)
 
 
+def test_an_idle_arm_trains_longer(material: Material, tmp_path: Path) -> None:
+    """What it is served and when it updates is the same; an update takes more steps."""
+    stream = material.answers(ROWS, 120)
+    beside, idle = (replay_of(material, tmp_path / str(idle), idle=idle) for idle in (False, True))
+    for replay in (beside, idle):
+        replay.run(stream)
+    assert idle.updates == beside.updates and idle.worker.average.steps > beside.worker.average.steps
+    setting = setting_of(tmp_path, requests=8, arms=("static", "idle"))
+    text = study("osd-acceptance", setting, quiet).read_text()
+    assert "| | static | idle | idle - static |" in text and "takes 24 epochs at most" in " ".join(text.split())
+
+
 def test_the_buffer_keeps_what_was_rejected_and_whole_requests_apart(material: Material, tmp_path: Path) -> None:
     replay = replay_of(material, tmp_path, learns=True)
     replay.pace = Pace(update_size=1 << 30)
@@ -257,7 +269,7 @@ def test_arms_that_are_left_out_are_not_on_the_page(tmp_path: Path) -> None:
     text = study("osd-acceptance", setting, quiet).read_text()
     assert "| | static | online | online - static |" in text
     assert "offline" not in text.partition("```")[0]  # the command follows, of whoever runs this
-    with pytest.raises(RecipeError, match="--arms: expected some of static, offline, online, found onlin"):
+    with pytest.raises(RecipeError, match="--arms: expected some of static, offline, online, idle, found onlin"):
         setting_of(tmp_path, arms=("onlin",))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,9 @@ from limbeck.types import Head, Sparse
 
 Breathe = Callable[[], None]
 """Called between two pieces of work, each of a fraction of a second: it may wait, or raise to end the work."""
+
+Idle = Callable[[], bool]
+"""Whether nobody is served just now."""
 
 Measured = Callable[[int, float, float | None], None]
 """measured(steps so far, mean loss of the steps since the last measure, acceptance on the traces to stop by)."""
@@ -101,16 +104,18 @@ def model_learner(
 @dataclass(frozen=True)
 class Training:
     """How a draft is trained. objective: `blend`, or a divergence. An optimiser step is of `batch_tokens` of context at
-    most, an epoch of `least_steps` at least; `epochs` at most over the traces; acceptance on the traces held out for it
-    is measured `measures` times an epoch, and `patience` measures without a new best end it. `replay`: share of the
-    batches that are of earlier traces. So an update takes 1 / (1 - replay) x `epochs` passes for each new position,
-    however many are kept. `average`: steps that the weights that serve are the mean of, about (1: the last alone)."""
+    most, an epoch of `least_steps` at least; `epochs` at most over the traces, and up to `idle_epochs` while nobody is
+    served; acceptance on the traces held out for it is measured `measures` times an epoch, and `patience` measures
+    without a new best end it. `replay`: share of the batches that are of earlier traces. So an update takes
+    1 / (1 - replay) x `epochs` passes for each new position, however many are kept. `average`: steps that the weights
+    that serve are the mean of, about (1: the last alone)."""
 
     objective: str = "blend"
     learning_rate: float = 1e-3
     batch_tokens: int = 2048
     least_steps: int = 8
     epochs: int = 4
+    idle_epochs: int = 24
     measures: int = 2
     patience: int = 4
     clip: float = 1.0
@@ -253,6 +258,7 @@ def fit(
     replay: Sequence[Trace] = (),
     average: Average | None = None,
     breathe: Breathe = lambda: None,
+    idle: Idle = lambda: False,
     measured: Measured = lambda steps, loss, alpha: None,
 ) -> Fitted:
     """Trains on `train` and leaves the learner with the averaged weights that accept the most on `stop`, those from
@@ -264,8 +270,7 @@ def fit(
     mean = average.own or snapshot(learner)
     exchange(learner, mean)
     losses: list[float] = []
-    epochs = training.epochs if stop else 1
-    for made in _order(train, replay, training, epochs, generator):
+    for made in _order(train, replay, training, _epochs(training, idle) if stop else range(1), generator):
         if isinstance(made, Batch):
             breathe()
             loss = _step(learner, optimiser, made, training)
@@ -294,8 +299,20 @@ def fit(
     return Fitted(before, best, steps, positions, finite)
 
 
+def _epochs(training: Training, idle: Idle) -> Iterator[int]:
+    """Idle time is free: epochs beyond those that traffic allows begin where there is none."""
+    for epoch in range(max(training.epochs, training.idle_epochs)):
+        if epoch >= training.epochs and not idle():
+            return
+        yield epoch
+
+
 def _order(
-    train: Sequence[Trace], replay: Sequence[Trace], training: Training, epochs: int, generator: torch.Generator
+    train: Sequence[Trace],
+    replay: Sequence[Trace],
+    training: Training,
+    epochs: Iterable[int],
+    generator: torch.Generator,
 ) -> Iterator[Batch | None]:
     """Batches in random order, and None where acceptance is to be measured."""
     most = training.batch_tokens
@@ -303,7 +320,7 @@ def _order(
         most = min(most, -(-sum(len(trace.tokens) for trace in train) // training.least_steps))
     fresh, earlier = batches(train, most), batches(replay, most)
     every = max(1, -(-len(fresh) // training.measures))
-    for _ in range(epochs):
+    for _ in epochs:
         for count, place in enumerate(torch.randperm(len(fresh), generator=generator).tolist(), 1):
             yield fresh[place]
             while earlier and torch.rand((), generator=generator) < training.replay:

@@ -21,6 +21,7 @@ from limbeck.online.gate import Gate, Verdict
 from limbeck.online.learner import (
     Average,
     Fitted,
+    Idle,
     Learner,
     Training,
     acceptances,
@@ -218,6 +219,7 @@ class Worker:
     gate: Gate
     seed: int
     breathe: Any
+    idle: Idle = lambda: False
     base: int = 0
     generator: torch.Generator = field(default_factory=torch.Generator)
     serving: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -258,6 +260,7 @@ class Worker:
             replay=job.lot.replay,
             average=self.average,
             breathe=self.breathe,
+            idle=self.idle,
         )
         self.rate = next_rate(self.rate, fitted)
         found = acceptances(self.learner, gate, self.training.batch_tokens, self.breathe)
@@ -366,7 +369,7 @@ def _main(
     breathe = Throttle(numbers, parent)
     try:
         try:
-            worker = Worker(build(), Versions(folder), training, gate, seed, breathe)
+            worker = Worker(build(), Versions(folder), training, gate, seed, breathe, idle=lambda: not numbers[_BUSY])
         except LimbeckError as error:
             connection.send(replace(_NOTHING, error=str(error)))
             return

@@ -26,6 +26,11 @@ from limbeck.studies.setting import Domain, Setting
 
 _FIFTH = 5  # of a domain's answers one in so many is kept apart, and so are the first and last part of a stream
 _OFFLINE = {"epochs": 50, "patience": 6, "replay": 0.0}  # for as long as it gets better, nearly
+_ONLINE = ("online", "idle")
+_IDLE_WORDS = (
+    f"`idle` learns online, too, but nobody is served while an update trains: it takes {Training().idle_epochs} epochs "
+    f"at most where one beside traffic takes {Training().epochs}. "
+)
 _OFFLINE_WORDS = (
     "`offline` was trained on the same requests, with all positions, until a tenth of them got no better, or for "
     f"{_OFFLINE['epochs']} epochs; its level line is what it has apart. "
@@ -40,7 +45,8 @@ def run(setting: Setting, cells: Cells) -> Result:
         "Acceptance along a stream of one domain",
         f"{material.words}; {setting.requests} requests a domain, or all but a fifth, answers of at most "
         f"{setting.max_tokens} tokens at temperature {setting.temperature:g}, {setting.gamma} drafted tokens. "
-        f"{_OFFLINE_WORDS if 'offline' in setting.arms else ''}*Apart*: on a fifth of the requests, which none of them "
+        f"{_OFFLINE_WORDS if 'offline' in setting.arms else ''}"
+        f"{_IDLE_WORDS if 'idle' in setting.arms else ''}*Apart*: on a fifth of the requests, which none of them "
         "was trained on",
     )
     for domain, arm in product(setting.domains, setting.arms):
@@ -78,7 +84,7 @@ def _facts(material: Material, domain: Domain, seed: int, arm: str) -> dict[str,
     }
     if arm == "offline":
         facts |= asdict(_offline(setting))
-    return facts | (taught(Training(learning_rate=setting.learning_rate), _pace(setting)) if arm == "online" else {})
+    return facts | (taught(Training(learning_rate=setting.learning_rate), _pace(setting)) if arm in _ONLINE else {})
 
 
 def taught(training: Training, pace: Pace, positions: Positions = "all") -> dict[str, Any]:
@@ -109,9 +115,16 @@ def _arm(material: Material, domain: Domain, seed: int, arm: str) -> dict[str, A
         return {"apart": alpha, "curve": curve, "steps": steps, "known": mean_known(learner, apart), **facts}
     with fresh(setting.work / "versions" / f"{domain.name}-{arm}-{seed}") as folder:
         training = Training(learning_rate=setting.learning_rate)
-        learns = arm == "online"
         replay = Replay(
-            build, material.vocabulary, folder, training, _pace(setting), setting.gamma, seed, learns=learns
+            build,
+            material.vocabulary,
+            folder,
+            training,
+            _pace(setting),
+            setting.gamma,
+            seed,
+            learns=arm in _ONLINE,
+            idle=arm == "idle",
         )
         found = along(replay, stream)
     found["curve"] = windowed(found["alpha"], found["verified"])
@@ -120,14 +133,14 @@ def _arm(material: Material, domain: Domain, seed: int, arm: str) -> dict[str, A
 
 
 def _compare(result: Result, domain: str) -> None:
-    """What the online draft reaches beside the others, seed by seed."""
+    """What the online drafts reach beside the others, seed by seed."""
     metric = f"{domain}: alpha apart, at the end"
     found = {(n.method, n.seed): n for n in result.numbers if n.metric == metric}
     for (arm, seed), online in list(found.items()):
-        if arm == "online":
+        if arm in _ONLINE:
             for other in (other for other in (("static", 0), ("offline", seed)) if other in found):
                 gain = online.value - found[other].value
-                result.add(f"online - {other[0]}", seed, {metric: gain}, online.cell)
+                result.add(f"{arm} - {other[0]}", seed, {metric: gain}, online.cell)
 
 
 @contextmanager

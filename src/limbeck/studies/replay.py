@@ -39,7 +39,8 @@ class Point:
 @dataclass
 class Replay:
     """One draft on a stream, with requests held out as a service does it; training takes no time here, and nothing
-    backs off. `remembered`: traces of any earlier time that are kept for replay."""
+    backs off. `remembered`: traces of any earlier time that are kept for replay. `idle`: nobody is served while an
+    update trains, which may then take `Training.idle_epochs`."""
 
     build: Callable[[], Learner]
     vocabulary: int
@@ -51,6 +52,7 @@ class Replay:
     positions: Positions = "all"
     learns: bool = True
     remembered: int = 0
+    idle: bool = False
     requests: int = 0
     updates: int = 0
     swaps: int = 0
@@ -70,7 +72,13 @@ class Replay:
             learner = self.build()
             restore(learner, self.serving.trained())  # trained on before, maybe
             self.worker = Worker(
-                learner, Versions(self.folder), self.training, self.gate, self.seed, breathe=lambda: None
+                learner,
+                Versions(self.folder),
+                self.training,
+                self.gate,
+                self.seed,
+                breathe=lambda: None,
+                idle=lambda: self.idle,
             )
 
     def run(self, stream: Sequence[Trace]) -> list[Point]:

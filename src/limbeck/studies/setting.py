@@ -9,8 +9,9 @@ from typing import Any
 
 from limbeck.errors import RecipeError
 
-ARMS = ("static", "offline", "online")
-"""A draft that stays as it is, was trained before on the same requests, or learns from them as they are served."""
+ARMS = ("static", "offline", "online", "idle")
+"""A draft that stays as it is, was trained before on the same requests, or learns from them as they are served; `idle`:
+and nobody is served while an update trains."""
 
 _COLUMNS = ("prompt", "input", "completion", "text", "messages")
 
@@ -59,7 +60,7 @@ class Setting:
     gamma: int = 4
     head_rows: int = 0
     weights: str = "own"
-    arms: Sequence[str] = ARMS
+    arms: Sequence[str] = ("static", "offline", "online")
     batch: int = 32
     out: Path = Path("docs/studies")
     work: Path = Path("runs/studies")
