@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -364,9 +365,9 @@ def test_an_epoch_has_enough_steps_and_replays_its_share(lot: Lot) -> None:
 
 def test_idle_time_allows_more_epochs_one_by_one(tmp_path: Path, lot: Lot) -> None:
     """Those beyond `epochs` begin only where nobody is served; patience ends them as any others."""
-    training = Training(epochs=2, idle_epochs=5, measures=1, patience=99)
+    training = Training(epochs=2, idle_epochs=5, measures=1, patience=99, idle_patience=99)
 
-    def epochs(idle: list[bool], **changes: Any) -> int:
+    def epochs(idle: Callable[[], bool], **changes: Any) -> int:
         learner, changed, count = _learner(), replace(training, **changes), list[int]()
         fit(
             learner,
@@ -375,17 +376,20 @@ def test_idle_time_allows_more_epochs_one_by_one(tmp_path: Path, lot: Lot) -> No
             lot.stop,
             changed,
             torch.Generator().manual_seed(0),
-            idle=lambda: idle.pop(0),
+            idle=idle,
             measured=lambda steps, loss, alpha: count.append(steps),
         )
         return len(count)
 
-    assert epochs([True] * 3) == 5 and epochs([False]) == 2 and epochs([True, False]) == 3
-    assert epochs([], idle_epochs=1) == 2
-    assert epochs([True] * 3, patience=3, learning_rate=0.0) == 3  # weights that do not move get no better
+    # Asked once an epoch for its patience, and again before each epoch beyond the second.
+    answers = [True] * 4 + [False] * 9
+    assert epochs(lambda: True) == 5 and epochs(lambda: False) == 2 and epochs(lambda: answers.pop(0)) == 3
+    assert epochs(lambda: True, idle_epochs=1) == 2
+    still = {"learning_rate": 0.0, "patience": 1, "idle_patience": 3}  # weights that do not move get no better
+    assert epochs(lambda: True, **still) == 3 and epochs(lambda: False, **still) == 1
     steps: list[int] = []
     for idle in (False, True):
-        worker = _worker(tmp_path / str(idle), epochs=1, idle_epochs=3, patience=99)
+        worker = _worker(tmp_path / str(idle), epochs=1, idle_epochs=3, idle_patience=99)
         worker.idle = lambda idle=idle: idle
         worker.run(Job(0, lot))
         steps.append(worker.average.steps)

@@ -389,7 +389,7 @@ def test_the_updater_uses_idle_time(tmp_path: Path) -> None:
     buffer = Buffer(positions="all", top=32)
     record(model, layers_draft(model, [0]), buffer, prompts(24), keep=lambda place: place % 2 == 0, tokens=32)
     lot, build = buffer.take(10**6), partial(model_learner, saved(model, tmp_path / "model"), layers=[0])
-    training = Training(epochs=1, idle_epochs=24, patience=99)
+    training = Training(epochs=1, idle_epochs=24, idle_patience=99)
     updater = Updater(build, tmp_path / "versions", training, Gate(), threads=1)
     spent: list[float] = []
     for busy in (True, False):

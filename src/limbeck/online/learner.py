@@ -104,11 +104,11 @@ def model_learner(
 @dataclass(frozen=True)
 class Training:
     """How a draft is trained. objective: `blend`, or a divergence. An optimiser step is of `batch_tokens` of context at
-    most, an epoch of `least_steps` at least; `epochs` at most over the traces, and up to `idle_epochs` while nobody is
-    served; acceptance on the traces held out for it is measured `measures` times an epoch, and `patience` measures
-    without a new best end it. `replay`: share of the batches that are of earlier traces. So an update takes
-    1 / (1 - replay) x `epochs` passes for each new position, however many are kept. `average`: steps that the weights
-    that serve are the mean of, about (1: the last alone)."""
+    most, an epoch of `least_steps` at least; `epochs` at most over the traces; acceptance on the traces held out for it
+    is measured `measures` times an epoch, and `patience` measures without a new best end it; while nobody is served
+    `idle_epochs` and `idle_patience` stand in their place. `replay`: share of the batches that are of earlier traces.
+    So an update takes 1 / (1 - replay) x `epochs` passes for each new position, however many are kept. `average`: steps
+    that the weights that serve are the mean of, about (1: the last alone)."""
 
     objective: str = "blend"
     learning_rate: float = 1e-3
@@ -118,6 +118,7 @@ class Training:
     idle_epochs: int = 24
     measures: int = 2
     patience: int = 4
+    idle_patience: int = 8
     clip: float = 1.0
     replay: float = 0.5
     average: int = 100
@@ -290,7 +291,7 @@ def fit(
         exchange(learner, mean)
         measured(steps, sum(losses) / len(losses), found)
         losses = []
-        if waited >= training.patience:
+        if waited >= (training.idle_patience if idle() else training.patience):
             break
     exchange(learner, mean)
     average.own = mean

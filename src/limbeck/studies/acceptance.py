@@ -29,7 +29,7 @@ _OFFLINE = {"epochs": 50, "patience": 6, "replay": 0.0}  # for as long as it get
 _ONLINE = ("online", "idle")
 _IDLE_WORDS = (
     f"`idle` learns online, too, but nobody is served while an update trains: it takes {Training().idle_epochs} epochs "
-    f"at most where one beside traffic takes {Training().epochs}. "
+    f"at most, where one beside traffic takes {Training().epochs}. "
 )
 _OFFLINE_WORDS = (
     "`offline` was trained on the same requests, with all positions, until a tenth of them got no better, or for "
