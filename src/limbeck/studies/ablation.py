@@ -28,7 +28,7 @@ def run(setting: Setting, cells: Cells) -> Result:
         f"{material.words}; {setting.requests} requests of {domain.name}, answers of at most {setting.max_tokens} "
         f"tokens at temperature {setting.temperature:g}; alpha of the last fifth of the stream",
     )
-    result.remarks += material.head_words
+    result.remarks += material.head_words("the domain's own texts")
     for seed, objective, times, positions in product(range(setting.seeds), OBJECTIVES, SIZES, POSITIONS):
         size = round(setting.update_size * times)
         training, pace = Training(objective, learning_rate=setting.learning_rate), Pace(update_size=size)

@@ -58,7 +58,7 @@ def run(setting: Setting, cells: Cells) -> Result:
     for domain in setting.domains:
         _compare(result, domain.name)
     result.remarks.append(material.tail_words([(domain, *_counts(setting)) for domain in setting.domains]))
-    result.remarks += material.head_words
+    result.remarks += material.head_words("the domain's own texts")
     return result
 
 

@@ -60,12 +60,11 @@ class Material:
         rows = f", {self.setting.head_rows} rows of its head" if self.setting.head_rows else ""
         return f"Target {self.setting.target}, draft {self.setting.draft or 'cut from it'}, {kept}{rows}"
 
-    @property
-    def head_words(self) -> list[str]:
-        """Where a reduced head comes from, for the page."""
+    def head_words(self, texts: str) -> list[str]:
+        """Where a reduced head comes from, for the page: from these texts."""
         if not self.setting.head_rows:
             return []
-        return ["The head's rows are the tokens that the domain's own texts, answers included, use most."]
+        return [f"The head's rows are the tokens that {texts}, answers included, use most."]
 
     @cached_property
     def facts(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def run(setting: Setting, cells: Cells) -> Result:
         f"{material.words}; {count} requests of each stage, updates of {setting.update_size} positions. "
         f"What is forgotten is measured on {held} other requests of {first.name}",
     )
-    result.remarks += material.head_words
+    result.remarks += material.head_words("the texts of the first two domains")
     for seed, arm in product(range(setting.seeds), ARMS):
         training, pace = _training(setting, ARMS[arm]), Pace(update_size=setting.update_size)
         facts = {**stream_facts(material, first, second), "requests": count, **taught(training, pace), "seed": seed}

@@ -60,7 +60,7 @@ def run(setting: Setting, cells: Cells) -> Result:
         f"{material.words}, weights {setting.weights}; {setting.requests} prompts a domain, batch 1, at most "
         f"{setting.max_tokens} tokens, temperature {setting.temperature:g}. The reading of prompts is not counted",
     )
-    result.remarks += material.head_words
+    result.remarks += material.head_words("the texts of all these domains")
     names = ("layers", "max_tokens", "temperature")
     ways = {**dict.fromkeys(_ways(material), _measure), **dict.fromkeys(PEERS, _peer)}
     for domain, way in product(setting.domains, ways):
