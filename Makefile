@@ -74,7 +74,7 @@ lint: $(DEV)
 # The linters come first: pytest's summary is the last thing printed. -rs names the tests that were not run, and why.
 # Two processes of one thread each, a file in one of them: most tests are too small for two threads.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -rs --timeout=300 -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -rs --durations=25 --timeout=300 -n 2 --dist loadfile
 
 slow: $(DEV)
 	$(BIN)/python -m pytest -v -rs --timeout=3600 -m 'slow and not real'
