@@ -67,6 +67,7 @@ def test_every_mutation_applies_and_names_a_test() -> None:
     assert len(mutations) >= 40
 
 
+@pytest.mark.slow
 def test_the_mutation_runner_tells_killed_survived_and_broken_apart(tmp_path: Path) -> None:
     copy = tmp_path / "main"
     copy.mkdir()

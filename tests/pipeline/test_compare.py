@@ -188,7 +188,9 @@ def test_a_sweep_over_one_number_has_a_picture_and_the_reward_of_training(tmp_pa
     """Variants that differ in one number alone: what all share stands in the title, the rest over that number."""
     reward = "reward={name: accuracy, column: completion}+samples=2"
     variants = [f"gkd:{reward}+distill_weight={alpha}" for alpha in (1, 0.5, 0)]
-    made = recipe(tmp_path, training={"max_steps": 20, "per_device_train_batch_size": 4, "save_strategy": "no"})
+    evaluation = {"metrics": [{"name": "accuracy", "column": "completion"}], "prompts": 2, "rows": 2, "seeds": 1}
+    training = {"max_steps": 20, "per_device_train_batch_size": 2, "save_strategy": "no"}
+    made = recipe(tmp_path, training=training, evaluation=evaluation)
     folder = compare(made, methods=variants, limit=Limit(steps=20), seeds=[0, 1], console=QUIET)
     comparison = json.loads((folder / "comparison.json").read_text())
     assert [row["label"] for row in comparison["table"][2:]] == [
