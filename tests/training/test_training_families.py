@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_helpers import CORPUS, METHODS, tiny_recipe
+from training_helpers import CORPUS, METHODS, assert_both_log_probabilities, tiny_recipe
 
 from limbeck.data.embedded import TEACHER
 from limbeck.models import load_tokenizer
@@ -44,12 +44,7 @@ def test_a_pair_of_families_writes_together_what_each_would_say_of_it(
     made = recipe(tmp_path, "minillm")
     parts = build(made, **in_memory(student, teacher), rows=ROWS)
     for rollout in build_source(made, parts)(parts.train[:3], 0):
-        ids = torch.tensor([rollout.tokens])
-        for name, model in (("student_logprobs", parts.student), ("teacher_logprobs", parts.teacher)):
-            with torch.no_grad():
-                logits = model(ids).logits[0, rollout.prompt_tokens - 1 : -1, : len(parts.tokenizer)].log_softmax(-1)
-            expected = logits.gather(1, ids[0, rollout.prompt_tokens :, None])[:, 0]
-            torch.testing.assert_close(torch.tensor(rollout.columns[name]), expected, atol=1e-4, rtol=0)
+        assert_both_log_probabilities(parts, rollout)
 
 
 @pytest.mark.parametrize("method", ["minillm", "gkd-reward"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_helpers import CORPUS, MINILLM_DATA
+from training_helpers import CORPUS, MINILLM_DATA, assert_both_log_probabilities
 
 from limbeck.data.corpus import Corpus
 from limbeck.errors import DataError, RecipeError, ScoreError
@@ -77,12 +77,7 @@ def test_a_mixture_is_written_at_the_recipes_share_and_brings_both_log_probabili
     parts = build(recipe("minillm", data=MINILLM_DATA, teacher_mix=0.4))
     source = build_source(recipe("minillm", data=MINILLM_DATA, teacher_mix=0.4), parts)
     rollout = source(parts.train[:1], 0)[0]
-    ids = torch.tensor([rollout.tokens])
-    for name, model in (("student_logprobs", parts.student), ("teacher_logprobs", parts.teacher)):
-        with torch.no_grad():
-            logits = model(ids).logits[0, rollout.prompt_tokens - 1 : -1, : len(parts.tokenizer)].log_softmax(-1)
-        expected = logits.gather(1, ids[0, rollout.prompt_tokens :, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(rollout.columns[name]), expected, atol=1e-4, rtol=0)
+    assert_both_log_probabilities(parts, rollout)
     assert source.share == 0.4  # pyright: ignore[reportAttributeAccessIssue]
 
 

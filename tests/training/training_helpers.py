@@ -136,3 +136,13 @@ class Padded(Trainer):
         wider = {name: padded(batch[name], value) for name, value in pad.items()}
         columns = {name: padded(values_BT, torch.nan) for name, values_BT in batch.get("columns", {}).items()}
         return {**batch, **wider, **({"columns": columns} if columns else {})}
+
+
+def assert_both_log_probabilities(parts: Any, rollout: Any) -> None:
+    """What two models noted as they wrote together is what each says of the whole text in one pass."""
+    ids = torch.tensor([rollout.tokens])
+    for name, model in (("student_logprobs", parts.student), ("teacher_logprobs", parts.teacher)):
+        with torch.no_grad():
+            logits = model(ids).logits[0, rollout.prompt_tokens - 1 : -1, : len(parts.tokenizer)].log_softmax(-1)
+        expected = logits.gather(1, ids[0, rollout.prompt_tokens :, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(rollout.columns[name]), expected, atol=1e-4, rtol=0)
