@@ -12,13 +12,14 @@ from rich.table import Table
 
 from limbeck.data import collate, dataset_rollout, describe
 from limbeck.methods import METHODS
-from limbeck.models import completion_hidden, model_size, probe_autocast
-from limbeck.models.teaching import ADAPTERS, teacher_hidden
+from limbeck.models import completion_hidden, probe_autocast
+from limbeck.models.teaching import teacher_hidden
 from limbeck.ops.chunked import head_logits
 from limbeck.ops.products import onednn_wins, packable, packing_pays
 from limbeck.recipe import Recipe
 from limbeck.report import cpu_name
 from limbeck.training import Parts, build, train
+from limbeck.training.memory import memory_forecast
 
 TOP = 32
 
@@ -61,25 +62,6 @@ def dry_run(recipe: Recipe, console: Console) -> Parts:
     console.print("\nexample 0, what is learnt between ⟦ ⟧:")
     console.print(describe(parts.train[0], parts.tokenizer), markup=False, highlight=False)
     return parts
-
-
-def memory_forecast(parts: Parts) -> dict[str, int]:
-    """Bytes by what they hold: weights, gradients, Adam's two moments, and the largest transient of the output head.
-
-    Activations are left out: they depend on lengths and on gradient checkpointing.
-    """
-    weights = model_size(parts.student)[1]
-    trained = sum(p.numel() * p.element_size() for p in parts.student.parameters() if p.requires_grad)
-    head = parts.student.get_output_embeddings().weight
-    sizes = {
-        "student": weights,
-        "gradients": trained,
-        "optimiser (Adam)": 2 * trained,
-        "output head's gradient": head.numel() * 4 if head.requires_grad else 0,
-    }
-    if parts.teacher not in (None, ADAPTERS):
-        sizes["teacher"] = model_size(parts.teacher)[1]
-    return {**sizes, "sum, without activations": sum(sizes.values())}
 
 
 def run_doctor(recipe: Recipe, console: Console) -> None:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from training_helpers import MINILLM_DATA
 
 from limbeck.errors import CheckpointError
+from limbeck.manifest import flaw
 from limbeck.pipeline import distill
-from limbeck.training.checkpoints import Checkpoints, flaw, trim_log
+from limbeck.training.checkpoints import Checkpoints, trim_log
 
 TIMES = ("rollout_s", "teacher_s", "student_s", "tokens_per_s")
 DROPOUT = {

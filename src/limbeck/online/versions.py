@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from limbeck.errors import CheckpointError
-from limbeck.training.checkpoints import flaw, flush, write_manifest
+from limbeck.manifest import flaw, flush, write_manifest
 
 _WEIGHTS, _STATE, _FACTS, _ORIGIN = "weights.safetensors", "state.safetensors", "facts.json", "origin.json"
 _KEPT = 5

@@ -41,6 +41,7 @@ from limbeck.recipe import Recipe
 from limbeck.scoring import Reward, build_reward, check_reward, lower_is_better, reward_name
 from limbeck.sources import Mixed, Rewarded, Student, Teacher, TokenMix, dataset
 from limbeck.teachers import TextCache, default_folder, weights_hash
+from limbeck.training.memory import longest_row, shortage
 from limbeck.training.trainer import Beside
 from limbeck.types import Credit, Example, Objective, Source
 
@@ -53,7 +54,8 @@ OTHER_COINS = 1 << 32
 
 @dataclass
 class Parts:
-    """Everything a run is made of. `teacher` is a model, None, or ADAPTERS (see Trainer). `notes` are for the log."""
+    """Everything a run is made of. `teacher` is a model, None, or ADAPTERS (see Trainer). `longest`: tokens of the
+    longest sequence that may be trained on. `notes` are for the log."""
 
     student: Any
     tokenizer: Any
@@ -61,6 +63,7 @@ class Parts:
     train: list[Example]
     held_out: list[Example]
     summary: Summary
+    longest: int
     stop_tokens: tuple[int, ...]
     autocast: torch.dtype | None
     args: TrainingArguments
@@ -101,13 +104,14 @@ def build(recipe: Recipe, *, student: Any = None, teacher: Any = None, rows: Any
     autocast = _autocast(recipe.precision, args, student_model, notes)
     _check_samples(recipe, args)
     train, held_out, summary = load_data(recipe, tokenizer, student_model, rows)
-    return Parts(
+    parts = Parts(
         student=student_model,
         tokenizer=tokenizer,
         teacher=teacher_model,
         train=train,
         held_out=held_out,
         summary=summary,
+        longest=longest_row(recipe, train),
         stop_tokens=eos_tokens(student_model, tokenizer),
         autocast=autocast,
         args=args,
@@ -115,6 +119,8 @@ def build(recipe: Recipe, *, student: Any = None, teacher: Any = None, rows: Any
         beside=_beside(recipe, tokenizer, notes),
         notes=notes,
     )
+    notes.extend(filter(None, [shortage(parts)]))
+    return parts
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import rotate_checkpoints
 
 from limbeck.errors import CheckpointError
-
-MANIFEST = "manifest.json"
+from limbeck.manifest import flaw, flush, write_manifest
 
 
 class Checkpoints:
@@ -78,47 +76,11 @@ class Checkpoints:
         )
 
 
-def flaw(checkpoint: Path) -> str | None:
-    """What is missing from a checkpoint folder by its manifest, or None if it is whole."""
-    try:
-        sizes: dict[str, int] = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return "no readable manifest"
-    for name, size in sizes.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, expected {size}"
-    return None
-
-
-def write_manifest(folder: Path) -> None:
-    """Lists the files of a folder with their sizes, everything flushed: what `flaw` reads."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        flush(path)
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps(sizes, indent=1))
-    flush(manifest)
-    flush(folder)
-
-
 def _point_at_final(written: Path, final: Path, state: Any) -> None:
     """The state names the best checkpoint by its path: the one that it will have, not the one that it is written at."""
     if state.best_global_step == state.global_step:
         state.best_model_checkpoint = str(final)
     state.save_to_json(str(written / "trainer_state.json"))
-
-
-def flush(path: Path) -> None:
-    """Has a file, or the names in a folder, on the disk itself. OSError."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def trim_log(path: Path, step: int) -> None:
