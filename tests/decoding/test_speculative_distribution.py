@@ -230,7 +230,7 @@ def second_tokens(*, same: bool) -> list[int]:
     draft = NgramDraft(size=1)
     engine = Engine(model, None, {"ngram": draft}, Fixed("ngram", 1), max_batch=1)
     tokens: list[int] = []
-    for seed in range(400):
+    for seed in range(250):
         for place, other in enumerate((0, 0 if same else 1 << 32)):
             request = Request(f"{seed} {place}", (0, 1), Sampling(3, seed=seed + other))
             last = serve(engine, [request])[0].tokens[1]

@@ -59,6 +59,13 @@ def saved(model: Any, folder: Path) -> Path:
     return folder
 
 
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
 def prompts(count: int, vocabulary: int = VOCABULARY, length: int = 5, seed: int = 1) -> list[tuple[int, ...]]:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(1, vocabulary, (count, length), generator=generator).tolist()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from online_helpers import (
@@ -22,10 +22,9 @@ from online_helpers import (
     learning_of,
     llama,
     prompts,
-    record,
-    saved,
     small_trace,
     submit_all,
+    until,
     with_versions,
 )
 
@@ -37,30 +36,21 @@ from limbeck.errors import CheckpointError, RecipeError, RolloutError
 from limbeck.online import (
     Buffer,
     Learning,
-    Lot,
     Pace,
     Service,
     Training,
     Version,
     Watch,
-    model_learner,
 )
 from limbeck.online.coins import HeldOut
 from limbeck.online.gate import Gate, Verdict
-from limbeck.online.updater import Job, Result, Updater, UpdaterLost, Worker
+from limbeck.online.updater import Result, Worker
 from limbeck.online.versions import Versions
 
 
 def _traffic(service: Service, count: int, start: int = 0, **changes: Any) -> None:
     texts = prompts(count, seed=start + 1)
     submit_all(service, Sampling(32), texts, start=start, **changes).wait(60)
-
-
-def _until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 def test_the_whole_learns_while_it_serves(tmp_path: Path) -> None:
@@ -85,7 +75,7 @@ def test_the_whole_learns_while_it_serves(tmp_path: Path) -> None:
             written.wait(60)
             across.append([written.tokens(f"r{place}") for place in range(4)])
         assert across == [expected] * len(across) and len(across) > 1
-        _until(lambda: numbers()["swaps"] == 1)
+        until(lambda: numbers()["swaps"] == 1)
         seen = numbers()
         assert draft.version == 1 and learning.versions.newest() == 1
         assert [mark["kind"] for mark in service.snapshot()["marks"]] == ["update", "swap"]
@@ -95,12 +85,14 @@ def test_the_whole_learns_while_it_serves(tmp_path: Path) -> None:
         new_alpha = (after["alpha_sum"] - seen["alpha_sum"]) / (after["verified"] - seen["verified"])
         assert new_alpha > old_alpha + 0.01, (old_alpha, new_alpha)
 
-        assert learning.updater.process.pid is not None
+        loaded = psutil.Process(learning.updater.process.pid).ppid()
         os.kill(learning.updater.process.pid, signal.SIGKILL)
         service.force_update()
         _traffic(service, 8, start=200)  # serving goes on
-        _until(lambda: numbers()["updates"] == 2)
+        until(lambda: numbers()["updates"] == 2)
         assert numbers()["restarts"] == 1
+        # The next one is a fork of the same process, which has loaded the library.
+        assert psutil.Process(learning.updater.process.pid).ppid() == loaded != os.getpid()
     assert learning.updater.process.exitcode == 0  # an updater that waits for work goes by itself, it is not killed
 
 
@@ -159,11 +151,11 @@ def test_a_start_takes_up_the_newest_version_and_it_is_rolled_back_to_the_first(
         assert _is_version(draft, learning, 2) and learning.serving == 2 and not learning.cold
         for back, number in enumerate((1, 0), 1):
             first.roll_back("cut")
-            _until(lambda back=back: learning.tally.rollbacks == back)
+            until(lambda back=back: learning.tally.rollbacks == back)
             assert _is_version(draft, learning, number)
         with pytest.raises(RolloutError, match="before"):
             first.roll_back()
-        _until(lambda: learning.versions.numbers() == [0])
+        until(lambda: learning.versions.numbers() == [0])
     assert [mark["kind"] for mark in first.snapshot()["marks"]] == ["rollback"] * 2 and learning.versions.next() == 3
     again, learning, draft = _serving(tmp_path, model)
     with again:
@@ -241,7 +233,7 @@ def test_a_service_that_ends_lets_go_of_a_swap(tmp_path: Path) -> None:
     service = Service(engine, learning={"cut": learning})
     service._turn = lambda: 1 / 0  # pyright: ignore
     service.start()
-    _until(lambda: service.failure is not None, 5)
+    until(lambda: service.failure is not None, 5)
     learning._thread.join(5)
     assert not learning._thread.is_alive()
     service.stop()
@@ -366,57 +358,3 @@ def test_a_reduced_head_follows_the_traffic(tmp_path: Path) -> None:
     assert fake.jobs[0].ids.tolist() == ids_D.tolist() and learning.tally.reranks == 1
     learning._update()
     assert learning.tally.reranks == 1  # as it is, it is the best
-
-
-def test_the_updater_is_nice_once_its_share_is_bounded(tmp_path: Path) -> None:
-    """Before, a busy server would leave it next to nothing."""
-    build = partial(model_learner, saved(llama(), tmp_path / "model"), layers=[0])
-    updater = Updater(build, tmp_path / "versions", Training(), Gate(), threads=1)
-    own, found = os.getpriority(os.PRIO_PROCESS, 0), list[int]()
-    for share in (1.0, 0.1, 0.1):
-        updater.set_share(share)
-        updater.run(Job(0, Lot([], [], [], [])))
-        found.append(os.getpriority(os.PRIO_PROCESS, updater.process.pid) - own)
-    updater.end()
-    nicer = max(10 - own, 0)
-    assert found == [0, nicer, nicer]
-
-
-def test_the_updater_uses_idle_time(tmp_path: Path) -> None:
-    """An update beside requests takes one epoch here, one without takes up to 24: the second job, of a process that is
-    warm by then, takes far more of a core than the first."""
-    model = llama(scale=0.2)
-    buffer = Buffer(positions="all", top=32)
-    record(model, layers_draft(model, [0]), buffer, prompts(24), keep=lambda place: place % 2 == 0, tokens=32)
-    lot, build = buffer.take(10**6), partial(model_learner, saved(model, tmp_path / "model"), layers=[0])
-    training = Training(epochs=1, idle_epochs=24, idle_patience=99)
-    updater = Updater(build, tmp_path / "versions", training, Gate(), threads=1)
-    spent: list[float] = []
-    for busy in (True, False):
-        updater.set_busy(busy)
-        before = updater.worked
-        updater.run(Job(0, lot))
-        spent.append(updater.worked - before)
-    updater.end()
-    assert spent[1] > 2 * spent[0]
-
-
-def test_an_updater_that_still_loads_is_ended_at_once(tmp_path: Path) -> None:
-    """It has nothing to lose yet, and would notice only after it has loaded: here in a minute."""
-    updater = Updater(partial(time.sleep, 60), tmp_path, Training(), Gate(), threads=1)  # pyright: ignore
-    lost: list[UpdaterLost] = []
-
-    def begin() -> None:
-        try:
-            updater.ready()
-        except UpdaterLost as error:
-            lost.append(error)
-
-    beginning = threading.Thread(target=begin)
-    beginning.start()
-    _until(lambda: updater.process is not None)
-    start = time.perf_counter()
-    updater.end()
-    assert time.perf_counter() - start < 10 and not updater.process.is_alive()
-    beginning.join(10)
-    assert len(lost) == 1
