@@ -6,11 +6,14 @@ import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
+import pytest
 from online_helpers import llama, prompts, record, saved, until
 
 from limbeck.decoding.drafts.layers import layers_draft
@@ -81,9 +84,7 @@ def test_an_updater_ends_with_the_one_that_it_trains_for(tmp_path: Path) -> None
     until(lambda: not psutil.pid_exists(updater), 10)
 
 
-def test_an_updater_that_still_loads_is_ended_at_once(tmp_path: Path) -> None:
-    """It has nothing to lose yet, and would notice only after it has loaded: here in a minute."""
-    updater = Updater(partial(time.sleep, 60), tmp_path, Training(), Gate(), threads=1)  # pyright: ignore
+def beginning(updater: Updater) -> tuple[threading.Thread, list[UpdaterLost]]:
     lost: list[UpdaterLost] = []
 
     def begin() -> None:
@@ -92,11 +93,52 @@ def test_an_updater_that_still_loads_is_ended_at_once(tmp_path: Path) -> None:
         except UpdaterLost as error:
             lost.append(error)
 
-    beginning = threading.Thread(target=begin)
-    beginning.start()
+    thread = threading.Thread(target=begin)
+    thread.start()
+    return thread, lost
+
+
+def test_an_updater_that_still_loads_is_ended_at_once(tmp_path: Path) -> None:
+    """It has nothing to lose yet, and would notice only after it has loaded: here in a minute."""
+    updater = Updater(partial(time.sleep, 60), tmp_path, Training(), Gate(), threads=1)  # pyright: ignore
+    thread, lost = beginning(updater)
     until(lambda: updater.process is not None)
     start = time.perf_counter()
     updater.end()
     assert time.perf_counter() - start < 10 and not updater.process.is_alive()
-    beginning.join(10)
+    thread.join(10)
     assert len(lost) == 1
+
+
+class Starting:
+    """A context whose processes start as told, in the place of one whose library takes long to load."""
+
+    Pipe = staticmethod(multiprocessing.Pipe)
+
+    def __init__(self, start: Callable[[], object]) -> None:
+        self.start = start
+
+    def Process(self, **_: Any) -> Any:
+        return SimpleNamespace(start=self.start, pid=None)
+
+
+def test_nobody_waits_for_a_process_that_is_not_there_yet(tmp_path: Path) -> None:
+    updater = Updater(partial(time.sleep, 60), tmp_path, Training(), Gate(), threads=1)  # pyright: ignore
+    loaded = threading.Event()
+    updater.context = Starting(lambda: loaded.wait(60))
+    thread, lost = beginning(updater)
+    updater.end()
+    thread.join(10)
+    assert "told to end" in str(lost[0]) and not loaded.is_set()
+    loaded.set()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_process_that_cannot_be_made_is_lost(tmp_path: Path) -> None:
+    def start() -> None:
+        raise OSError("no more processes")
+
+    updater = Updater(partial(time.sleep, 60), tmp_path, Training(), Gate(), threads=1)  # pyright: ignore
+    updater.context = Starting(start)
+    with pytest.raises(UpdaterLost, match="no process could be made"):
+        updater.ready()

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -132,15 +133,7 @@ class Updater:
             return
         self.restarts += 1
         self.begun = False
-        self.connection, theirs = self.context.Pipe()
-        process: Any = self.context.Process(
-            target=_main, args=(theirs, self.numbers, *self.arguments), name="limbeck-updater", daemon=True
-        )
-        process.start()
-        self.process = process  # one that `end` can end
-        theirs.close()
-        if self.numbers[_END]:  # told so while the library was loaded for the first of all
-            process.kill()
+        self.process = self._started()  # one that `end` can end
         try:
             error = self._answer().error
         except (OSError, EOFError) as lost:
@@ -150,6 +143,25 @@ class Updater:
         if error is not None:
             raise CheckpointError(error)
         self.begun = True
+
+    def _started(self) -> Any:
+        """A process at the other end of the connection. The first of all is forked only when the library is loaded,
+        which whoever ends this server need not wait for: UpdaterLost."""
+        self.connection, theirs = self.context.Pipe()
+        process: Any = self.context.Process(
+            target=_main, args=(theirs, self.numbers, *self.arguments), name="limbeck-updater", daemon=True
+        )
+        starting = threading.Thread(target=process.start, name="limbeck-updater-start", daemon=True)
+        starting.start()
+        while starting.is_alive():
+            if self.numbers[_END]:
+                self.connection.close()  # a process that starts after all finds nobody, and goes
+                raise UpdaterLost("expected an updater that starts, found it told to end")
+            starting.join(0.1)
+        if process.pid is None:
+            raise UpdaterLost("expected an updater that starts, found that no process could be made: see the log")
+        theirs.close()
+        return process
 
     def _answer(self) -> Result:
         while not self.connection.poll(0.1):
