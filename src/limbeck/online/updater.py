@@ -184,7 +184,7 @@ class Updater:
 
 def _context() -> Any:
     """Where the system lets it, updaters are forks of one process that has imported this module and run nothing: the
-    second draft's, or one in the place of one that was killed, starts in a tenth of a second instead of seconds."""
+    second draft's, or one in the place of one that was killed, need not load it again."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
