@@ -98,7 +98,10 @@ def compare(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="a folder, a .gguf file or a hub id")],
+    models: Annotated[
+        list[str],
+        typer.Argument(help="folders, .gguf files or hub ids; of several, which share memory, the paired differences"),
+    ],
     data: Annotated[
         list[str], typer.Option(help="JSONL, Parquet, hub id or embedded:test:200; once for each data set")
     ],
@@ -135,7 +138,7 @@ def evaluate(
     from limbeck import pipeline
 
     pipeline.evaluate_folder(
-        model,
+        models[0] if len(models) == 1 else models,
         data[0] if len(data) == 1 else data,
         metrics=_metrics(metrics),
         seeds=_seeds(seeds),

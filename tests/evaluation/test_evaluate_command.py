@@ -22,7 +22,7 @@ from limbeck.errors import DataError, RecipeError
 from limbeck.evaluation import Scores, evaluate, token_calibration
 from limbeck.models import eos_tokens, load_model, load_tokenizer
 from limbeck.pipeline import evaluate_folder
-from limbeck.pipeline.evaluating import _scores
+from limbeck.pipeline.evaluating import _values
 from limbeck.scoring import distinct_4, score
 
 STORIES = [
@@ -197,10 +197,10 @@ def test_a_full_score_alone_is_right() -> None:
     """Three samples of two prompts: the first is right twice by two ways to write 7, the second never, by .01."""
     texts = [["<answer>7</answer>", "8"], ["so <answer> 7 </answer>", "8"], ["9", "8"]]
     scores = Scores({"reasoning_gym": np.array([[1.0, 0.01], [1.0, 0.01], [0.0, 0.01]])}, [], 0.0, texts)
-    found = _scores(scores, at_k=True)
-    assert found["reasoning_gym_pass@3"]["mean"] == 0.5 == found["reasoning_gym_maj@3"]["mean"]
-    assert found["reasoning_gym_pass@2"]["values"] == [0.5]
-    assert not [key for key in _scores(scores, at_k=False) if "@" in key]
+    found = _values(scores, at_k=True)
+    assert found["reasoning_gym_pass@3"].mean() == 0.5 == found["reasoning_gym_maj@3"].mean()
+    assert found["reasoning_gym_pass@2"].tolist() == [[1.0, 0.0]]
+    assert not [key for key in _values(scores, at_k=False) if "@" in key]
 
 
 def test_the_precision_is_that_of_all_products(files: dict[str, str], folders: dict[str, str]) -> None:
@@ -271,6 +271,7 @@ def test_the_command_line(files: dict[str, str], folders: dict[str, str], monkey
     assert (asked["data"], asked["metrics"], asked["samples"]) == (["a", "b"], ["rouge_l", "accuracy"], 8)
     assert asked["with_exposure"] and asked["with_calibration"] and asked["no_repeat_ngram_size"] == 6
     assert (asked["teacher"], asked["out"]) == ("t", Path("o"))
+    assert asked["model"] == "m" and run("n").exit_code == 0 and asked["model"] == ["m", "n"]
     assert run("--metrics", ' [rouge_l, {name: regex, pattern: "a, [bc]"}]').exit_code == 0
     assert asked["metrics"] == ["rouge_l", {"name": "regex", "pattern": "a, [bc]"}]
     for wrong, expected in (("[rouge_l, {", "expected a list in YAML"), ("[3]", "expected names and tables")):

@@ -14,7 +14,7 @@ from scipy.special import log_softmax, rel_entr
 
 from limbeck.data import dataset_rollout
 from limbeck.errors import DataError
-from limbeck.evaluation import HELD_OUT, held_out, held_out_intervals
+from limbeck.evaluation import HELD_OUT, held_out, held_out_intervals, held_out_together
 from limbeck.evaluation.held_out import BUCKETS, batches, by_position
 from limbeck.models import set_vocabulary
 from limbeck.types import Example
@@ -79,6 +79,14 @@ def test_equals_a_dense_computation(tiny: Callable[..., Any], tokenizer: Any, ba
         assert entry["forward_kl"] == pytest.approx(np.mean(at), rel=1e-9)
     assert len(found["divergence_by_position"]) == max(len(row) for row in expected)
     assert 0 < found["forward_kl"] != found["reverse_kl"]
+
+
+def test_several_students_together_are_each_as_alone(tiny: Callable[..., Any], tokenizer: Any) -> None:
+    students, held = [tiny(1), tiny(2, width=24)], some_examples(len(tokenizer))
+    for teacher in (tiny(3), None):
+        found = held_out_together(students, teacher, held, PAD, batch_tokens=40)
+        assert found == [held_out(student, teacher, held, PAD, batch_tokens=40) for student in students]
+        assert found[0]["loss"] != found[1]["loss"]
 
 
 def test_intervals_are_of_means_over_tokens(tiny: Callable[..., Any], tokenizer: Any) -> None:

@@ -164,7 +164,7 @@ def test_both_terms_and_their_gradients_are_logged(recipe: Any) -> None:
         ("gkd", {"reward": "length", "distill_weight": 1.5}, "distill_weight"),
         ("gkd", {"distill_weight": 0.5}, "expected a reward beside it"),
         ("gkd", {"reward": "length", "lmbda": 0.0}, "expected lmbda above 0"),
-        ("gkd", {"reward": "length", "samples": 3}, "expected a divisor of"),
+        ("gkd", {"reward": "length", "samples": 3, "teacher": "nowhere"}, "expected a divisor of"),
         ("gkd", {"reward": {"name": "rouge_l", "column": "summary"}}, "summary"),
         ("kd", {"reward": "length"}, "reward: no such key"),
     ],

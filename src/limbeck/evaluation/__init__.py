@@ -5,7 +5,7 @@ from limbeck.evaluation.at_k import FINAL_ANSWERS, final_answer, majority_at_k, 
 from limbeck.evaluation.calibration import label_calibration, labelled, token_calibration
 from limbeck.evaluation.evaluate import Metrics, Scores, build_metrics, evaluate
 from limbeck.evaluation.exposure import EX_ACC_ERR, exposure
-from limbeck.evaluation.held_out import HELD_OUT, held_out, held_out_intervals
+from limbeck.evaluation.held_out import HELD_OUT, held_out, held_out_intervals, held_out_together
 from limbeck.evaluation.speed import speed
 from limbeck.evaluation.statistics import mean_interval, paired_difference
 
@@ -21,6 +21,7 @@ __all__ = [
     "final_answer",
     "held_out",
     "held_out_intervals",
+    "held_out_together",
     "label_calibration",
     "labelled",
     "majority_at_k",

@@ -16,7 +16,7 @@ from limbeck.evaluation.statistics import Interval, mean_interval
 from limbeck.models import completion_hidden
 from limbeck.models.teaching import teacher_hidden
 from limbeck.ops.chunked import linear_terms
-from limbeck.types import Example, Rollout
+from limbeck.types import Example, Hidden, Rollout
 
 BUCKETS = 32
 STATS = ("forward_kl", "reverse_kl", "agreement")
@@ -24,7 +24,6 @@ HELD_OUT = ("loss", *STATS)
 """Means over tokens, by which `per_example` is weighted."""
 
 
-@torch.no_grad()
 def held_out(
     student: Any, teacher: Any, examples: Sequence[Example], pad_id: int, *, batch_tokens: int = 16_384
 ) -> dict[str, Any]:
@@ -38,26 +37,40 @@ def held_out(
     model) or None. A batch holds at most `batch_tokens` tokens, padding included (one row at least); both models run in
     eval mode under the caller's autocast. Raises DataError where nothing is learnt.
     """
+    if teacher is student and hasattr(student, "disable_adapter"):
+        teacher = "adapters"
+    return held_out_together([student], teacher, examples, pad_id, batch_tokens=batch_tokens)[0]
+
+
+@torch.no_grad()
+def held_out_together(
+    students: Sequence[Any], teacher: Any, examples: Sequence[Example], pad_id: int, *, batch_tokens: int = 16_384
+) -> list[dict[str, Any]]:
+    """What `held_out` finds of each of `students`, who share a vocabulary, for one forward of a teacher that is a model
+    or None."""
     rollouts = [dataset_rollout(example) for example in examples]
-    if sum(rollout.learnt for rollout in rollouts) == 0:
+    tokens_P = np.array([rollout.learnt for rollout in rollouts])
+    if tokens_P.sum() == 0:
         raise DataError(
             f"expected completions in the held-out data, found none in {len(rollouts)} rows: add completions"
         )
-    if teacher is student and hasattr(student, "disable_adapter"):
-        teacher = "adapters"
-    sums = {name: np.zeros(len(rollouts)) for name in ("loss", *(STATS if teacher is not None else ()))}
+    names = ("loss", *(STATS if teacher is not None else ()))
+    sums = [{name: np.zeros(len(rollouts)) for name in names} for _ in students]
     positions: list[np.ndarray] = []
-    divergences: list[np.ndarray] = []
-    with evaluating(student, teacher):
-        for places, batch in device_batches(student, rollouts, pad_id, batch_tokens):
-            columns = _columns(student, teacher, batch)
-            for name, values_N in columns.items():
-                sums[name][places] = row_sums(batch, values_N)
+    divergences: list[list[np.ndarray]] = [[] for _ in students]
+    with evaluating(*students, teacher):
+        for places, batch in device_batches(students[0], rollouts, pad_id, batch_tokens):
+            signal = None if teacher is None else teacher_hidden(teacher, students[0], batch)
             if teacher is not None:
                 learnt_BS = batch["learnt"][:, 1:].bool().cpu().numpy()
                 positions.append((learnt_BS.cumsum(1) - 1)[learnt_BS])
-                divergences.append(columns["forward_kl"])
-    return _summary(sums, np.array([rollout.learnt for rollout in rollouts]), positions, divergences)
+            for student, of_student, divergence in zip(students, sums, divergences, strict=True):
+                columns = _columns(student, signal, batch)
+                for name, values_N in columns.items():
+                    of_student[name][places] = row_sums(batch, values_N)
+                if teacher is not None:
+                    divergence.append(columns["forward_kl"])
+    return [_summary(each, tokens_P, positions, kl) for each, kl in zip(sums, divergences, strict=True)]
 
 
 def held_out_intervals(held: dict[str, Any]) -> dict[str, Interval]:
@@ -76,10 +89,9 @@ def row_sums(batch: dict[str, torch.Tensor], values_N: np.ndarray) -> np.ndarray
     return np.bincount(row_N, values_N, minlength=len(batch["learnt"]))
 
 
-def _columns(student: Any, teacher: Any, batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Per learnt token, row by row, in float64: loss and, with a teacher, STATS."""
+def _columns(student: Any, signal: Hidden | None, batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Per learnt token, row by row, in float64: loss and, with a teacher's signal, STATS."""
     hidden_NH, tokens_N, head = completion_hidden(student, batch)
-    signal = None if teacher is None else teacher_hidden(teacher, student, batch)
     terms = linear_terms(hidden_NH, head, signal, tokens_N, stats=STATS if signal is not None else ())
     return {name: values_N.double().cpu().numpy() for name, values_N in {"loss": terms.loss_N, **terms.stats}.items()}
 

@@ -1,9 +1,10 @@
-"""`limbeck evaluate`: a model folder on data sets, without a run."""
+"""`limbeck evaluate`: model folders on data sets, without a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Literal
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from limbeck.data import read, render
 from limbeck.errors import DataError, RecipeError
@@ -25,12 +25,13 @@ from limbeck.evaluation import (
     evaluate,
     exposure,
     final_answer,
-    held_out,
     held_out_intervals,
+    held_out_together,
     label_calibration,
     labelled,
     majority_at_k,
     mean_interval,
+    paired_difference,
     pass_at_k,
     speed,
     token_calibration,
@@ -47,20 +48,10 @@ from limbeck.models import (
     probe_autocast,
     set_vocabulary,
 )
-from limbeck.pipeline.distilling import write_json
-from limbeck.report import exposure_figure, reliability_figure, units
-from limbeck.scoring import RIGHT_OR_WRONG, reward_name
+from limbeck.pipeline.evaluated import print_results, write_results
+from limbeck.scoring import RIGHT_OR_WRONG, lower_is_better, reward_name
 from limbeck.training.build import teacher_path
 from limbeck.types import Example
-
-UNITS = {
-    "loss": "nats",
-    "forward_kl": "nats",
-    "reverse_kl": "nats",
-    "length": "characters",
-    "length_greedy": "characters",
-    EX_ACC_ERR: "%",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +64,27 @@ class _Models:
     autocast: torch.dtype | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Of one model on one data set. `paired[name]`, of what has a value for each prompt: values [seeds, prompts] and
+    the weights [prompts] of their mean."""
+
+    numbers: dict[str, Any]
+    paired: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    metrics: Metrics
+    writing: dict[str, Any]
+    template: str | None
+    at_k: bool
+    with_exposure: bool
+    with_calibration: bool
+
+
 def evaluate_folder(
-    model: str | Path,
+    model: str | Path | Sequence[str | Path],
     data: str | Sequence[str],
     *,
     metrics: Sequence[str | Mapping[str, Any]],
@@ -96,10 +106,14 @@ def evaluate_folder(
     seeds: their number (5 unless given) or the seeds. samples: instead, that many samples a prompt, and pass@k of them
     for metrics of RIGHT_OR_WRONG, maj@k where an answer can vote (FINAL_ANSWERS). with_exposure: ExAccErr, with a
     teacher. with_calibration: ECE of the reference's tokens, and of label words where rows have `labels`. precision: of
-    the products, bf16 by `auto` where the machine is faster with it, as in training. out: a folder for evaluation.json
-    and pictures. Prints a table. Returns {name: {mean, low, high, values, how}} and plain numbers,
-    or with several data sets {data: {...}}. Raises RecipeError for options that contradict or an `out` that cannot be
-    written, DataError, and what `build_metrics` and the metrics' `rows` raise, all before a model writes.
+    the products, bf16 by `auto` where the machine is faster with it (for the widest model), as in training. out: a
+    folder for evaluation.json and pictures. Prints a table for each model and, of several, their paired differences.
+
+    Returns {name: {mean, low, high, values, how}} and plain numbers, or with several data sets {data: {...}}; with
+    several models, which are all in memory at once, {"models": {model: that}, "differences": [{a, b, data, metric,
+    difference, low, high, verdict, how}]}: a - b over the same prompts and seeds. Raises RecipeError for options that
+    contradict or an `out` that cannot be written, DataError, and what `build_metrics` and the metrics' `rows` raise,
+    all before a model writes.
     """
     if with_exposure and teacher is None:
         raise RecipeError("exposure: expected a teacher, to compare the student's text with: add --teacher FOLDER")
@@ -110,55 +124,56 @@ def evaluate_folder(
     console = console or Console()
     names = [data] if isinstance(data, str) else list(data)
     rows_of = {name: read(name)[:prompts] for name in names}
-    models, described = _load(str(model), teacher, precision)
+    folders, described = _load([model] if isinstance(model, str | Path) else model, teacher, precision)
     console.print(described, highlight=False)
-    built = build_metrics(metrics, device=models.student.device)
-    examples_of = {
-        name: _rendered(name, rows, models, built, template, with_calibration, console)
-        for name, rows in rows_of.items()
-    }
+    first = next(iter(folders.values()))
     chosen = samples or (5 if seeds is None else seeds)
-    found: dict[str, dict[str, Any]] = {}
+    writing = {"max_tokens": max_tokens, "seeds": chosen, "no_repeat_ngram_size": no_repeat_ngram_size}
+    built = build_metrics(metrics, device=first.student.device)
+    asked = _Asked(built, writing, template, samples is not None, with_exposure, with_calibration)
+    examples_of = {name: _rendered(name, rows, folders, asked, console) for name, rows in rows_of.items()}
+    found: dict[str, dict[str, _Found]] = {}
     for name, examples in examples_of.items():
-        settings: dict[str, Any] = {"max_tokens": max_tokens, "stop_tokens": models.stops}
-        writing = {**settings, "seeds": chosen, "no_repeat_ngram_size": no_repeat_ngram_size}
         status = console.status(f"{escape(name)}: writing and scoring")
-        with status, autocast_to(models.student.device, models.autocast):
-            scores = evaluate(models.student, models.tokenizer, examples, metrics=built, **writing)
-            found[name] = _scores(scores, at_k=samples is not None) | _held_out(models, examples)
-            if with_exposure:
-                found[name] |= _exposure(models, examples, settings)
-            if with_calibration:
-                found[name] |= _calibration(models, rows_of[name], examples, template)
-    parameters, size = model_size(models.student)
-    facts: dict[str, Any] = {"parameters": parameters, "bytes": size}
-    first = [example.prompt for examples in examples_of.values() for example in examples][:2]
-    with autocast_to(models.student.device, models.autocast):
-        facts |= speed(models.student, models.tokenizer, first, max_tokens=32)
-    for numbers in found.values():
-        numbers |= facts
-    _print(str(model), found, facts, chosen, no_repeat_ngram_size, console)
-    result = found[names[0]] if isinstance(data, str) else found
+        with status, autocast_to(first.student.device, first.autocast):
+            found[name] = _measure(folders, rows_of[name], examples, asked)
+    numbers = {folder: {name: found[name][folder].numbers for name in names} for folder in folders}
+    for folder, models in folders.items():
+        facts = _facts(models, [example.prompt for name in names for example in examples_of[name][folder]][:2])
+        for of_data in numbers[folder].values():
+            of_data |= facts
+    differences = [difference for name in names for difference in _differences(name, found[name])]
+    print_results(numbers, differences, chosen, no_repeat_ngram_size, console)
+    result: dict[str, Any] = {folder: of[names[0]] if isinstance(data, str) else of for folder, of in numbers.items()}
+    result = {"models": result, "differences": differences} if len(result) > 1 else next(iter(result.values()))
     if out is not None:
-        _write(out, str(model), found, result, console)
+        write_results(out, numbers, result, console)
     return result
 
 
-def _load(model: str, teacher: str | None, precision: str) -> tuple[_Models, str]:
+def _load(folders: Sequence[str | Path], teacher: str | None, precision: str) -> tuple[dict[str, _Models], str]:
     """Also a line that says in which precision they are."""
-    student, tokenizer = load_model(teacher_path(model)), load_tokenizer(teacher_path(model))
+    names = [str(folder) for folder in folders]
+    if not names or len(set(names)) < len(names):
+        raise RecipeError(f"expected models that differ from each other, found {', '.join(names) or 'none'}")
+    loaded = [(load_model(teacher_path(name)), load_tokenizer(teacher_path(name))) for name in names]
     autocast, described = torch.bfloat16 if precision == "bf16" else None, f"precision {precision}, as asked for"
     if precision == "auto":
-        autocast, described = probe_autocast(student.device, student.config.get_text_config().hidden_size)
+        widest = max(student.config.get_text_config().hidden_size for student, _ in loaded)
+        autocast, described = probe_autocast(loaded[0][0].device, widest)
     judge = None
     if teacher is not None:
-        judge = load_model(teacher_path(teacher))
-        rows = preflight(student, tokenizer, judge, load_tokenizer(teacher_path(teacher)))
-        for one in (student, judge):
-            set_vocabulary(one, rows)
+        judge, judges = load_model(teacher_path(teacher)), load_tokenizer(teacher_path(teacher))
+        for student, tokenizer in loaded:
+            rows = preflight(student, tokenizer, judge, judges)
+            for one in (student, judge):
+                set_vocabulary(one, rows)
         judge = judge if autocast is None else cast(judge, autocast)
-    stops, context = eos_tokens(student, tokenizer), context_length(student)
-    return _Models(student, tokenizer, judge, stops, context, autocast), described
+    models = {
+        name: _Models(student, tokenizer, judge, eos_tokens(student, tokenizer), context_length(student), autocast)
+        for name, (student, tokenizer) in zip(names, loaded, strict=True)
+    }
+    return models, described
 
 
 def _check_samples(metrics: Sequence[str | Mapping[str, Any]], seeds: int | Sequence[int] | None) -> None:
@@ -182,60 +197,134 @@ def _claim(out: Path) -> None:
 
 
 def _rendered(
-    name: str,
+    name: str, rows: list[dict[str, Any]], folders: Mapping[str, _Models], asked: _Asked, console: Console
+) -> dict[str, list[Example]]:
+    """By model the rows as tokens, with all that metrics and calibration read from them."""
+    examples_of: dict[str, list[Example]] = {}
+    summaries: dict[str, None] = {}
+    for folder, models in folders.items():
+        examples, summary = render(rows, models.tokenizer, template=asked.template, context=models.context)
+        asked.metrics.rows(examples, models.tokenizer)
+        if asked.with_calibration:
+            if any("labels" in row for row in rows):
+                labelled(models.tokenizer, rows, template=asked.template, context=models.context)
+            elif not _learnt(examples):
+                raise DataError(
+                    f"{name}: calibration: expected rows with a completion or with labels, found prompts alone"
+                )
+        examples_of[folder] = examples
+        summaries[str(summary)] = None
+    for summary in summaries:
+        console.print(f"{escape(name)}: {summary}", highlight=False)
+    return examples_of
+
+
+def _measure(
+    folders: Mapping[str, _Models],
     rows: list[dict[str, Any]],
-    models: _Models,
-    metrics: Metrics,
-    template: str | None,
-    with_calibration: bool,
-    console: Console,
-) -> list[Example]:
-    """The rows as tokens, with all that metrics and calibration read from them."""
-    examples, summary = render(rows, models.tokenizer, template=template, context=models.context)
-    console.print(f"{escape(name)}: {summary}", highlight=False)
-    metrics.rows(examples, models.tokenizer)
-    if with_calibration:
-        if any("labels" in row for row in rows):
-            labelled(models.tokenizer, rows, template=template, context=models.context)
-        elif not _learnt(examples):
-            raise DataError(f"{name}: calibration: expected rows with a completion or with labels, found prompts alone")
-    return examples
+    examples_of: Mapping[str, list[Example]],
+    asked: _Asked,
+) -> dict[str, _Found]:
+    """By model, all that was asked for on one data set."""
+    held_of = _held_out(folders, examples_of)
+    found: dict[str, _Found] = {}
+    for folder, models in folders.items():
+        examples = examples_of[folder]
+        scores = evaluate(
+            models.student,
+            models.tokenizer,
+            examples,
+            metrics=asked.metrics,
+            stop_tokens=models.stops,
+            **asked.writing,
+        )
+        values = _values(scores, at_k=asked.at_k)
+        numbers: dict[str, Any] = {name: _interval(values_SP) for name, values_SP in values.items()}
+        numbers["length_limit_share"] = _point(scores.length_limit_share)
+        whole = asked.metrics.specs.keys() - asked.metrics.rewards.keys()  # of all completions together
+        ones_P = np.ones(len(examples))
+        paired = {name: (values[name], ones_P) for name in values if name.removesuffix("_greedy") not in whole}
+        if folder in held_of:
+            intervals = held_out_intervals(held_of[folder])
+            numbers |= {name: asdict(interval) for name, interval in intervals.items()}
+            rows_of = {name: np.array(each) for name, each in held_of[folder]["per_example"].items()}
+            paired |= {name: (rows_of[name][None], rows_of["tokens"]) for name in intervals}
+        if asked.with_exposure:
+            numbers |= _exposure(models, examples, asked.writing["max_tokens"])
+        if asked.with_calibration:
+            numbers |= _calibration(models, rows, examples, asked.template)
+        found[folder] = _Found(numbers, paired)
+    return found
 
 
-def _scores(scores: Scores, *, at_k: bool) -> dict[str, Any]:
-    numbers: dict[str, Any] = {name: _interval(values_SP) for name, values_SP in scores.values.items()}
+def _values(scores: Scores, *, at_k: bool) -> dict[str, np.ndarray]:
+    """By name [seeds, prompts], or [seeds, 1] of a metric of all completions together."""
+    values = dict(scores.values)
     for name in RIGHT_OR_WRONG if at_k else ():
         if name in scores.values:
-            numbers |= _at_k(name, scores)
-    numbers["length_limit_share"] = _point(scores.length_limit_share)
-    return numbers
+            values |= _at_k(name, scores)
+    return values
 
 
-def _at_k(name: str, scores: Scores) -> dict[str, Any]:
+def _at_k(name: str, scores: Scores) -> dict[str, np.ndarray]:
     correct_SP = (scores.values[name] == 1).astype(float)  # a verifier's small share is not right
     n = len(correct_SP)
     ks = sorted({*(2**power for power in range(1, n.bit_length())), n} - {1})
-    numbers = {f"{name}_pass@{k}": _interval(pass_at_k(correct_SP, k)[None]) for k in ks}
+    values = {f"{name}_pass@{k}": pass_at_k(correct_SP, k)[None] for k in ks}
     if name in FINAL_ANSWERS:
         answers = [[final_answer(name, completion) for completion in of_seed] for of_seed in scores.completions]
-        numbers |= {f"{name}_maj@{k}": _interval(majority_at_k(correct_SP, answers, k)[None]) for k in ks}
-    return numbers
+        values |= {f"{name}_maj@{k}": majority_at_k(correct_SP, answers, k)[None] for k in ks}
+    return values
 
 
-def _held_out(models: _Models, examples: list[Example]) -> dict[str, Any]:
-    if not _learnt(examples):
-        return {}
-    held = held_out(models.student, models.teacher, examples, models.tokenizer.pad_token_id)
-    return {name: asdict(interval) for name, interval in held_out_intervals(held).items()}
+def _held_out(folders: Mapping[str, _Models], examples_of: Mapping[str, list[Example]]) -> dict[str, dict[str, Any]]:
+    """By model what `held_out` finds, where there is a reference text. A teacher reads the rows once for all models
+    that read the same tokens."""
+    groups: dict[tuple[tuple[int, ...], ...], list[str]] = {}
+    for folder, examples in examples_of.items():
+        if _learnt(examples):
+            groups.setdefault(tuple(tuple(example.tokens) for example in examples), []).append(folder)
+    found: dict[str, dict[str, Any]] = {}
+    for group in groups.values():
+        first = folders[group[0]]
+        students = [folders[folder].student for folder in group]
+        examples = examples_of[group[0]]
+        held = held_out_together(students, first.teacher, examples, first.tokenizer.pad_token_id)
+        found |= dict(zip(group, held, strict=True))
+    return found
+
+
+def _differences(data: str, found: Mapping[str, _Found]) -> list[dict[str, Any]]:
+    """a - b for every later model a and earlier model b, in all that has a value for each prompt; means over tokens
+    where both read the same number of them in each row."""
+    differences: list[dict[str, Any]] = []
+    for b, a in combinations(found, 2):
+        for name, (of_a, weights) in found[a].paired.items():
+            of_b, weights_b = found[b].paired[name]
+            if not np.array_equal(weights, weights_b):
+                continue
+            difference = paired_difference(
+                of_a, of_b, seeds="evaluation", weights=weights, lower_is_better=lower_is_better(name)
+            )
+            differences.append({"a": a, "b": b, "data": data, "metric": name, **asdict(difference)})
+    return differences
+
+
+def _facts(models: _Models, prompts: list[list[int]]) -> dict[str, Any]:
+    parameters, size = model_size(models.student)
+    with autocast_to(models.student.device, models.autocast):
+        measured = speed(models.student, models.tokenizer, prompts, max_tokens=32)
+    return {"parameters": parameters, "bytes": size, **measured}
 
 
 def _learnt(examples: list[Example]) -> bool:
     return any(any(example.mask) for example in examples)
 
 
-def _exposure(models: _Models, examples: list[Example], settings: dict[str, Any]) -> dict[str, Any]:
+def _exposure(models: _Models, examples: list[Example], max_tokens: int) -> dict[str, Any]:
     """The whole curve, and its end."""
     pad_id = models.tokenizer.pad_token_id
+    settings: dict[str, Any] = {"max_tokens": max_tokens, "stop_tokens": models.stops}
     curve = exposure(models.student, models.teacher, examples, pad_id=pad_id, **settings)
     return {EX_ACC_ERR: curve.end, "exposure": asdict(curve)}
 
@@ -261,75 +350,3 @@ def _interval(values_SP: np.ndarray) -> dict[str, Any]:
 
 def _point(value: float) -> dict[str, Any]:
     return {"mean": value, "low": None, "high": None}
-
-
-def _print(
-    model: str,
-    found: dict[str, dict[str, Any]],
-    facts: dict[str, float],
-    seeds: int | Sequence[int],
-    no_repeat_ngram_size: int,
-    console: Console,
-) -> None:
-    titles = {name: Path(name).name for name in found}
-    if len(set(titles.values())) < len(titles):
-        titles = {name: name for name in found}
-    table = Table(title=escape(model))
-    table.add_column("measure")
-    for name in found:
-        table.add_column(escape(titles[name]), justify="right")
-    measures = dict.fromkeys(key for numbers in found.values() for key, value in numbers.items() if _is_number(value))
-    for measure in measures:
-        table.add_row(
-            f"{measure}, {UNITS[measure]}" if measure in UNITS else measure,
-            *[_cell(numbers.get(measure)) for numbers in found.values()],
-        )
-    console.print(table)
-    banned = f", no {no_repeat_ngram_size}-gram twice" if no_repeat_ngram_size else ""
-    drawn = f"{seeds} seeds" if isinstance(seeds, int) else f"seeds {', '.join(map(str, seeds))}"
-    console.print(
-        f"sampled at temperature 1, {drawn}{banned}; _greedy: the likeliest token each time; in brackets: 95 % "
-        "intervals over prompts",
-        highlight=False,
-    )
-    console.print(
-        f"{units.count(facts['parameters'])} parameters, {units.size(facts['bytes'])}; one user: "
-        f"{units.significant(facts['tokens_per_s'])} tokens/s, first token after "
-        f"{units.seconds(facts['time_to_first_token_s'])}, peak memory {units.size(facts['peak_memory_bytes'])}",
-        highlight=False,
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, dict) and "mean" in value
-
-
-def _cell(value: dict[str, Any] | None) -> str:
-    if value is None:
-        return ""
-
-    def text(number: float) -> str:
-        return f"{number:.4f}" if abs(number) < 10 else f"{number:.1f}"
-
-    if value["low"] is None:
-        return text(value["mean"])
-    return f"{text(value['mean'])} \\[{text(value['low'])}, {text(value['high'])}]"
-
-
-def _write(out: Path, model: str, found: dict[str, dict[str, Any]], result: dict[str, Any], console: Console) -> None:
-    """evaluation.json and, where they were measured, the curves of each data set as SVG."""
-    write_json(out / "evaluation.json", result)
-    written = ["evaluation.json"]
-    for place, (name, numbers) in enumerate(found.items()):
-        where = f"{Path(model).name} on {Path(name).name}"
-        suffix = f"-{place}" if len(found) > 1 else ""
-        pictures = {
-            f"reliability-{part}{suffix}.svg": reliability_figure(f"Reliability of {part}: {where}", values)
-            for part, values in numbers.get("calibration", {}).items()
-        }
-        if "exposure" in numbers:
-            pictures[f"exposure{suffix}.svg"] = exposure_figure(f"Excess error: {where}", numbers["exposure"])
-        for file, text in pictures.items():
-            (out / file).write_text(text, encoding="utf-8")
-        written += pictures
-    console.print(f"wrote {', '.join(written)} to {escape(str(out))}", highlight=False)

@@ -84,6 +84,7 @@ def build(recipe: Recipe, *, student: Any = None, teacher: Any = None, rows: Any
             "trains with method=draft, and nothing else does: name a model"
         )
     args = training_arguments(recipe)
+    _check_samples(recipe, args)
     notes: list[str] = []
     from_start = recipe.teacher == START and teacher is None
     teacher_model: Any = None
@@ -102,7 +103,6 @@ def build(recipe: Recipe, *, student: Any = None, teacher: Any = None, rows: Any
     else:
         check_head(student_model)
     autocast = _autocast(recipe.precision, args, student_model, notes)
-    _check_samples(recipe, args)
     train, held_out, summary = load_data(recipe, tokenizer, student_model, rows)
     parts = Parts(
         student=student_model,
