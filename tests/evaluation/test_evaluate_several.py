@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from limbeck.data import read, render
+from limbeck.decoding import generate
 from limbeck.errors import RecipeError
 from limbeck.evaluation import evaluate, held_out, paired_difference
 from limbeck.models import eos_tokens, load_model, load_tokenizer
-from limbeck.pipeline import evaluate_folder
-from limbeck.pipeline.evaluated import _short
+from limbeck.pipeline import evaluate_folder, evaluation_parts
+from limbeck.pipeline.evaluated import short_names
 
 ROWS = [
     {"prompt": "Once upon a time", "completion": "there was a little girl named Lily. She loved to play."},
@@ -86,7 +87,7 @@ def test_a_teacher_reads_the_rows_once(data: str, folders: tuple[str, str], monk
             model.model.register_forward_hook(lambda _module, _given, out: passes.append(out[0].shape))
         return model
 
-    monkeypatch.setattr(sys.modules["limbeck.pipeline.evaluating"], "load_model", counted)
+    monkeypatch.setattr(evaluation_parts, "load_model", counted)
     settings: Any = {"metrics": [], "seeds": 1, "max_tokens": 1, "console": Console(file=StringIO())}
     for students in (folders[1], [folders[1], f"{folders[1]}/"]):
         passes.clear()
@@ -113,9 +114,72 @@ def test_only_what_is_of_the_same_tokens_is_compared(data: str, folders: tuple[s
 
 
 def test_paths_are_named_by_what_tells_them_apart() -> None:
-    assert _short(["runs/a/student", "runs/b/student"]) == {
+    assert short_names(["runs/a/student", "runs/b/student"]) == {
         "runs/a/student": "a/student",
         "runs/b/student": "b/student",
     }
-    assert _short(["x/start", "runs/b/student"]) == {"x/start": "start", "runs/b/student": "student"}
-    assert _short(["embedded:test:20"]) == {"embedded:test:20": "embedded:test:20"}
+    assert short_names(["x/start", "runs/b/student"]) == {"x/start": "start", "runs/b/student": "student"}
+    assert short_names(["embedded:test:20"]) == {"embedded:test:20": "embedded:test:20"}
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(
+    data: str, folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written is read, not written again: the same numbers; another length or model is another part."""
+    written: list[int] = []
+    last = 3
+
+    def counted(model: Any, prompts: Any, sampling: Any) -> Any:
+        if len(written) == last:
+            raise KeyboardInterrupt
+        written.append(sampling.max_tokens)
+        return generate(model, prompts, sampling)
+
+    monkeypatch.setattr(evaluation_parts, "generate", counted)
+    screen = Console(file=StringIO(), width=160)
+    settings: dict[str, Any] = {"metrics": ["rouge_l"], "seeds": 2, "max_tokens": 12, "teacher": folders[0]}
+    settings |= {"with_exposure": True, "with_calibration": True, "console": screen}
+    alone = evaluate_folder(folders[1], data, out=None, **{**settings, "max_tokens": 1})
+    assert written == [1, 1] and "forward_kl" in alone and not list(tmp_path.glob("**/parts"))
+    written.clear()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_folder(folders, data, out=tmp_path / "out", **settings)
+    last = 100
+    whole = evaluate_folder(folders, data, out=tmp_path / "out", **settings)
+    assert len(written) == 4
+    monkeypatch.setattr(evaluation_parts, "held_out_together", None)
+    monkeypatch.setattr(evaluation_parts, "exposure", None)
+    monkeypatch.setattr(evaluation_parts, "token_calibration", None)
+    again = evaluate_folder(folders, data, out=tmp_path / "out", **settings)
+    assert len(written) == 4
+    for folder in folders:
+        before, after = whole["models"][folder], again["models"][folder]
+        assert {k: v for k, v in before.items() if k not in SPEED} == {k: v for k, v in after.items() if k not in SPEED}
+    assert again["differences"] == whole["differences"]
+    shown = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "stories260k/stories.jsonl/greedy: done before" in shown
+    with pytest.raises(TypeError):
+        evaluate_folder(folders[1], data, out=tmp_path / "out", **settings)  # one model alone: read anew
+    monkeypatch.undo()
+    shorter = evaluate_folder(folders, data, out=tmp_path / "out", **{**settings, "max_tokens": 6})
+    expected = evaluate_folder(folders, data, **{**settings, "max_tokens": 6})
+    assert shorter["differences"] == expected["differences"] != whole["differences"]
+
+
+def test_a_model_trained_further_is_evaluated_anew(data: str, folders: tuple[str, str], tmp_path: Path) -> None:
+    model, tokenizer = load_model(folders[1]), load_tokenizer(folders[1])
+    settings: dict[str, Any] = {
+        "metrics": ["rouge_l"],
+        "seeds": 1,
+        "max_tokens": 2,
+        "console": Console(file=StringIO()),
+    }
+    losses: list[float] = []
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        losses.append(evaluate_folder(tmp_path / "model", data, out=tmp_path / "out", **settings)["loss"]["mean"])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+    assert losses[0] != losses[1]

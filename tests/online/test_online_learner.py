@@ -15,7 +15,7 @@ from online_helpers import VOCABULARY, llama, prompts, record, saved, target_log
 
 from limbeck.decoding.drafts.layers import layers_draft
 from limbeck.errors import CheckpointError, RecipeError
-from limbeck.models import cut_layers, load_model, load_tokenizer
+from limbeck.models import cut_layers, fingerprint, load_model, load_tokenizer
 from limbeck.online import Buffer, Lot, ModelLearner, Training, Versions
 from limbeck.online import learner as learner_module
 from limbeck.online.gate import Gate
@@ -33,7 +33,7 @@ from limbeck.online.learner import (
     snapshot,
 )
 from limbeck.online.updater import Job, Throttle, Worker, next_rate
-from limbeck.online.versions import Version, fingerprint
+from limbeck.online.versions import Version
 
 
 def _lot(model: Any, draft: Any, texts: list[tuple[int, ...]], **changes: Any) -> Lot:

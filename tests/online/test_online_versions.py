@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from limbeck.errors import CheckpointError
-from limbeck.online.versions import Version, Versions, fingerprint
+from limbeck.models import fingerprint
+from limbeck.online.versions import Version, Versions
 
 LARGE = torch.ones(20_000, 4)  # made before any fork: a child must not need the parent's threads
 

@@ -25,10 +25,10 @@ from limbeck.decoding.adaptive import Adaptive
 from limbeck.decoding.drafts.feature_files import feature_net, save_feature
 from limbeck.decoding.drafts.ngram import NgramDraft
 from limbeck.errors import CheckpointError, LimbeckError, PreflightError, RecipeError
-from limbeck.models import hidden_and_head, load_model, vocabulary_rows
+from limbeck.models import fingerprint, hidden_and_head, load_model, vocabulary_rows
 from limbeck.online.learner import Batch
 from limbeck.online.server.serving import Options, _name, alone_in, assemble, parse_routes, serve
-from limbeck.online.versions import Version, fingerprint
+from limbeck.online.versions import Version
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 

@@ -24,9 +24,9 @@ from limbeck.online import Pace, Training
 from limbeck.online.learner import snapshot
 from limbeck.online.vocabulary import likely_tokens
 from limbeck.pipeline import distill
+from limbeck.pipeline.cells import Cell
 from limbeck.recipe import Recipe
 from limbeck.studies import STUDIES, Cells, Domain, Result, Setting, study
-from limbeck.studies.cells import Cell
 from limbeck.studies.material import Material
 from limbeck.studies.page import table, write
 from limbeck.studies.replay import Replay, rounds, train_offline

@@ -3,7 +3,7 @@ calibration, speed."""
 
 from limbeck.evaluation.at_k import FINAL_ANSWERS, final_answer, majority_at_k, pass_at_k
 from limbeck.evaluation.calibration import label_calibration, labelled, token_calibration
-from limbeck.evaluation.evaluate import Metrics, Scores, build_metrics, evaluate
+from limbeck.evaluation.evaluate import Metrics, Scores, Write, build_metrics, evaluate
 from limbeck.evaluation.exposure import EX_ACC_ERR, exposure
 from limbeck.evaluation.held_out import HELD_OUT, held_out, held_out_intervals, held_out_together
 from limbeck.evaluation.speed import speed
@@ -15,6 +15,7 @@ __all__ = [
     "HELD_OUT",
     "Metrics",
     "Scores",
+    "Write",
     "build_metrics",
     "evaluate",
     "exposure",

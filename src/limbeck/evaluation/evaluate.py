@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ from limbeck.scoring import (
 from limbeck.types import Example
 
 SAMPLES = 8
+
+Write = Callable[[Sequence[Sequence[int]], Sampling], list[Completion]]
+"""What `decoding.generate` does for a model: `n` completions a prompt, prompt-major."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +89,14 @@ def evaluate(
     batch_size: int | None = None,
     greedy: bool = True,
     no_repeat_ngram_size: int = 0,
+    write: Write | None = None,
 ) -> Scores:
     """Writes a sampled completion of every example's prompt for each of `seeds`, and a greedy one, and scores them.
 
     metrics: what `build_metrics` takes, or has made; a classifier runs on the model's device.
     seeds: their number, or the seeds themselves (each the one sample that `Sampling(seed=...)` draws).
     no_repeat_ngram_size: bans repeated n-grams of tokens, in greedy completions too.
+    write: what writes, by default `generate` with the model and `batch_size`.
 
     The random numbers of a completion depend on the prompt's place in `examples` and the seed alone, so two models (or
     one before and after training) are paired prompt by prompt. The reference is the row's `references` (a list: the
@@ -112,10 +118,11 @@ def evaluate(
         stop_tokens=stop_tokens,
         no_repeat_ngram_size=no_repeat_ngram_size,
     )
-    sampled = _sampled(model, prompts, sampling, seeds, batch_size)
+    write = write or partial(generate, model, batch_size=batch_size)
+    sampled = _sampled(write, prompts, sampling, seeds)
     runs = {"": sampled}
     if greedy:
-        runs["_greedy"] = generate(model, prompts, replace(sampling, temperature=0.0), batch_size=batch_size)
+        runs["_greedy"] = write(prompts, replace(sampling, temperature=0.0))
 
     texts = {suffix: [completion_text(tokenizer, c.tokens, stop_tokens) for c in run] for suffix, run in runs.items()}
     values: dict[str, np.ndarray] = {}
@@ -139,14 +146,14 @@ def evaluate(
 
 
 def _sampled(
-    model: Any, prompts: list[list[int]], sampling: Sampling, seeds: int | Sequence[int], batch_size: int | None
+    write: Write, prompts: list[list[int]], sampling: Sampling, seeds: int | Sequence[int]
 ) -> list[Completion]:
     """Prompt-major, a completion for each seed."""
     if isinstance(seeds, int):
-        return generate(model, prompts, replace(sampling, n=seeds), batch_size=batch_size)
+        return write(prompts, replace(sampling, n=seeds))
     if not seeds or len(set(seeds)) < len(seeds):
         raise RecipeError(f"expected seeds that differ from each other, found {list(seeds)}")
-    runs = [generate(model, prompts, replace(sampling, seed=seed), batch_size=batch_size) for seed in seeds]
+    runs = [write(prompts, replace(sampling, seed=seed)) for seed in seeds]
     return [completion for of_prompt in zip(*runs, strict=True) for completion in of_prompt]
 
 

@@ -18,7 +18,7 @@ from limbeck.models.layers import cut_layers
 from limbeck.models.linear import fast_linears
 from limbeck.models.load import cast, load_model, load_tokenizer
 from limbeck.models.preflight import preflight
-from limbeck.models.probe import autocast_to, model_size, probe_autocast
+from limbeck.models.probe import autocast_to, fingerprint, model_size, probe_autocast
 from limbeck.models.student import build_student
 from limbeck.models.teaching import ADAPTERS, teacher_hidden
 
@@ -35,6 +35,7 @@ __all__ = [
     "end_of_turn",
     "eos_tokens",
     "fast_linears",
+    "fingerprint",
     "hidden_and_head",
     "is_sharded",
     "load_model",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -68,3 +70,12 @@ def model_size(model: nn.Module) -> tuple[int, int]:
     """(parameters, bytes) of a model's parameters; tied weights count once."""
     parameters = list(model.parameters())  # yields a shared parameter once
     return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+
+
+def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """Which model this is: a digest of its weights' names and shapes, and of some numbers of each."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        some = tensor.detach().flatten()[:64].float().cpu().numpy().tobytes()
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode() + some)
+    return digest.hexdigest()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import CheckpointError, LimbeckError
+from limbeck.models import fingerprint
 from limbeck.online.buffer import Lot, Trace
 from limbeck.online.gate import Gate, Verdict
 from limbeck.online.learner import (
@@ -35,7 +36,7 @@ from limbeck.online.learner import (
     set_optimiser_state,
     snapshot,
 )
-from limbeck.online.versions import Version, Versions, fingerprint
+from limbeck.online.versions import Version, Versions
 
 LOG = logging.getLogger(__name__)
 Build = Callable[[], Learner]

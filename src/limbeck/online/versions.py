@@ -7,10 +7,8 @@ numbers, a few facts, and a manifest. It is written aside, flushed, and renamed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,12 +144,3 @@ class Versions:
 
     def _place(self, number: int) -> Path:
         return self.folder / f"v{number:06d}"
-
-
-def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Which draft this is: a digest of its weights' names and shapes, and of some numbers of each."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        some = tensor.detach().flatten()[:64].float().cpu().numpy().tobytes()
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode() + some)
-    return digest.hexdigest()

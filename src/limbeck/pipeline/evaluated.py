@@ -48,7 +48,7 @@ def print_results(
 
 def _print_numbers(model: str, found: Mapping[str, dict[str, Any]], console: Console) -> None:
     """A row for each measure, a column for each data set."""
-    titles = _short(list(found))
+    titles = short_names(list(found))
     table = Table(title=escape(model))
     table.add_column("measure")
     for name in found:
@@ -68,7 +68,7 @@ def _print_numbers(model: str, found: Mapping[str, dict[str, Any]], console: Con
 
 def _print_differences(data: str, differences: Sequence[Mapping[str, Any]], console: Console) -> None:
     """A row for each measure, a column for each pair of models."""
-    models = _short(list(dict.fromkeys(model for each in differences for model in (each["b"], each["a"]))))
+    models = short_names(list(dict.fromkeys(model for each in differences for model in (each["b"], each["a"]))))
     cells = {(each["metric"], each["a"], each["b"]): _difference_cell(each) for each in differences}
     pairs = list(dict.fromkeys((each["a"], each["b"]) for each in differences))
     table = Table(title=f"paired differences on {escape(Path(data).name)}")
@@ -87,7 +87,7 @@ def write_results(
     write_json(out / "evaluation.json", result)
     written = ["evaluation.json"]
     tables = [(model, name, numbers) for model, of in numbers_of.items() for name, numbers in of.items()]
-    models = _short(list(numbers_of))
+    models = short_names(list(numbers_of))
     for place, (model, name, numbers) in enumerate(tables):
         where = f"{models[model]} on {Path(name).name}"
         suffix = f"-{place}" if len(tables) > 1 else ""
@@ -110,7 +110,7 @@ def _difference_cell(difference: Mapping[str, Any]) -> str:
     return f"[bold]{text}[/bold]" if difference["verdict"] in ("better", "worse") else text
 
 
-def _short(names: Sequence[str]) -> dict[str, str]:
+def short_names(names: Sequence[str]) -> dict[str, str]:
     """Each path by as many of its last parts as tell all of them apart."""
     parts = {name: Path(name).parts or (name,) for name in names}
     for count in range(1, max(map(len, parts.values()), default=1)):

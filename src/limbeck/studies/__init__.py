@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from limbeck.errors import RecipeError, did_you_mean
+from limbeck.pipeline.cells import Cells, Say
 from limbeck.studies import ablation, acceptance, shift, speedup
-from limbeck.studies.cells import Cells, Say
 from limbeck.studies.page import Result, write
 from limbeck.studies.setting import Domain, Setting
 

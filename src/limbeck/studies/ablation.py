@@ -8,8 +8,8 @@ from typing import Any
 
 from limbeck.online import Pace, Training
 from limbeck.online.buffer import Positions
+from limbeck.pipeline.cells import Cells
 from limbeck.studies.acceptance import along, ends, fresh, shuffled, stream_facts, taught
-from limbeck.studies.cells import Cells
 from limbeck.studies.material import Material
 from limbeck.studies.page import Result
 from limbeck.studies.replay import Replay

@@ -18,7 +18,7 @@ from limbeck.online import Gate, Pace, Trace, Training
 from limbeck.online.buffer import Positions
 from limbeck.online.coins import held_out_of
 from limbeck.online.learner import mean_known
-from limbeck.studies.cells import Cells
+from limbeck.pipeline.cells import Cells
 from limbeck.studies.material import Material
 from limbeck.studies.page import Result, Series
 from limbeck.studies.replay import Replay, acceptance_on, train_offline

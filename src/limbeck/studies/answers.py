@@ -13,11 +13,10 @@ import numpy as np
 from limbeck.data import read, render
 from limbeck.decoding import Sampling
 from limbeck.errors import DataError
-from limbeck.models import context_length, eos_tokens
+from limbeck.models import context_length, eos_tokens, fingerprint
 from limbeck.online import Trace
 from limbeck.online.recording import record_answers
-from limbeck.online.versions import fingerprint
-from limbeck.studies.cells import Say
+from limbeck.pipeline.cells import Say
 from limbeck.studies.setting import Domain
 
 LONGEST_PROMPT = 256

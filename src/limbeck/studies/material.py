@@ -11,14 +11,13 @@ import numpy as np
 import torch
 
 from limbeck.decoding.drafts.layers import every_other
-from limbeck.models import cast, load_model, load_tokenizer, probe_autocast, set_vocabulary
+from limbeck.models import cast, fingerprint, load_model, load_tokenizer, probe_autocast, set_vocabulary
 from limbeck.online import Trace, model_learner
 from limbeck.online.recording import TOP
 from limbeck.online.updater import Build
-from limbeck.online.versions import fingerprint
 from limbeck.online.vocabulary import likely_tokens
+from limbeck.pipeline.cells import Say
 from limbeck.studies.answers import prompts_of, record
-from limbeck.studies.cells import Say
 from limbeck.studies.setting import Domain, Setting
 
 

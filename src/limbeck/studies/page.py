@@ -11,8 +11,8 @@ from statistics import mean
 import numpy as np
 
 from limbeck.evaluation import mean_interval
+from limbeck.pipeline.cells import Cell
 from limbeck.pipeline.comparing import CSV_COLUMNS
-from limbeck.studies.cells import Cell
 
 
 @dataclass(frozen=True)

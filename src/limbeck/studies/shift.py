@@ -12,8 +12,8 @@ import numpy as np
 
 from limbeck.errors import RecipeError
 from limbeck.online import Pace, Training
+from limbeck.pipeline.cells import Cells
 from limbeck.studies.acceptance import along, fresh, mean_alpha, shuffled, stream_facts, taught, windowed
-from limbeck.studies.cells import Cells
 from limbeck.studies.material import Material
 from limbeck.studies.page import Result, Series
 from limbeck.studies.replay import Replay, acceptance_on

@@ -23,7 +23,7 @@ from limbeck.decoding.drafts.ngram import NgramDraft
 from limbeck.decoding.requests import Request
 from limbeck.decoding.speculative import Engine
 from limbeck.models import eos_tokens, load_model, set_vocabulary
-from limbeck.studies.cells import Cells
+from limbeck.pipeline.cells import Cells
 from limbeck.studies.material import Material
 from limbeck.studies.page import Result
 from limbeck.studies.setting import Domain, Setting

@@ -28,7 +28,7 @@ from limbeck.decoding.drafts.model import ModelDraft
 from limbeck.decoding.drafts.ngram import NgramDraft
 from limbeck.decoding.speculative import Engine
 from limbeck.errors import CheckpointError, PreflightError, RecipeError
-from limbeck.models import cast, eos_tokens, load_model, load_tokenizer, probe_autocast, set_vocabulary
+from limbeck.models import cast, eos_tokens, fingerprint, load_model, load_tokenizer, probe_autocast, set_vocabulary
 from limbeck.online.buffer import Buffer, Positions
 from limbeck.online.feature_learner import feature_learner
 from limbeck.online.learner import Training, model_learner
@@ -38,7 +38,7 @@ from limbeck.online.server.app import Served, create_app
 from limbeck.online.server.limits import Keys, Limits, loopback
 from limbeck.online.service import Service
 from limbeck.online.updater import Build
-from limbeck.online.versions import Versions, fingerprint
+from limbeck.online.versions import Versions
 from limbeck.online.vocabulary import likely_tokens
 
 LAYERS, MODEL, NGRAM = "layers", "model", "ngram"

@@ -1,4 +1,4 @@
-"""A study's cells: each is computed once, kept on disk under a digest of what it depends on, and not run again."""
+"""Cells of long work: each is computed once, kept on disk under a digest of what it depends on, and not run again."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ class Cell:
 
 
 class Cells:
-    """The cells of one study in `folder`. Each is written aside and renamed: a killed study goes on after the last."""
+    """The cells of one study or evaluation in `folder` (None: nothing is kept). Each is written aside and renamed: what
+    was killed goes on after the last."""
 
-    def __init__(self, folder: Path, say: Say) -> None:
+    def __init__(self, folder: Path | None, say: Say) -> None:
         self.folder, self.say = folder, say
         self.all: list[Cell] = []
 
     def get(self, name: str, facts: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of this cell, computed unless one with these facts is there."""
         digest = hashlib.sha256(json.dumps([name, facts], sort_keys=True, default=str).encode()).hexdigest()[:16]
-        path = self.folder / f"{name.replace('/', '-')}-{digest}.json"
-        if path.exists():
+        path = None if self.folder is None else self.folder / f"{name.replace('/', '-')}-{digest}.json"
+        if path is not None and path.exists():
             cell = Cell(**json.loads(path.read_text()))
             self.say(f"{name}: done before")
         else:
@@ -49,10 +50,11 @@ class Cells:
             seconds = time.perf_counter() - start
             command = shlex.join(["limbeck", *sys.argv[1:]])
             cell = Cell(name, facts, result, seconds, environment(command, facts.get("seed", 0)))
-            self.folder.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".partial")
-            aside.write_text(json.dumps(vars(cell), default=str))
-            aside.rename(path)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                aside = path.with_suffix(".partial")
+                aside.write_text(json.dumps(vars(cell), default=str))
+                aside.rename(path)
             self.say(f"{name}: {seconds:.0f} s")
         self.all.append(cell)
         return cell.result
