@@ -1,15 +1,11 @@
-"""Peak memory of a fresh process: [N, V] is never built, neither for the loss nor for its gradient."""
+"""Peak memory of a process: [N, V] is never built, neither for the loss nor for its gradient."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-SRC = Path(__file__).resolve().parents[2] / "src"
+from warm import printed
 
 # The peak of a process is what the kernel counts (ru_maxrss, KiB), above what it was with the inputs in memory, which
 # are made in place so that this start is no peak itself. A first call of few tokens loads the libraries' code and
@@ -42,34 +38,30 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
-def peak_bytes(*, N: int, V: int, H: int, divergence: str | None, learn: bool = True) -> int:
+def peak_bytes(folder: Path, *, N: int, V: int, H: int, divergence: str | None, learn: bool = True) -> int:
     """Bytes over the inputs at the peak of forward and backward."""
     script = SCRIPT.format(N=N, V=V, H=H, divergence=divergence, learn=learn)
-    path = os.pathsep.join(filter(None, [str(SRC), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    return int(printed(script, output=folder / "printed"))
 
 
-def test_cross_entropy_over_a_large_vocabulary() -> None:
+def test_cross_entropy_over_a_large_vocabulary(tmp_path: Path) -> None:
     """[N, V] alone would be .54 GB in float32; it takes .27 GB."""
-    assert peak_bytes(N=512, V=262_144, H=16, divergence=None) < 0.3e9
+    assert peak_bytes(tmp_path, N=512, V=262_144, H=16, divergence=None) < 0.3e9
 
 
-def test_no_gradient_is_kept_where_none_is_asked_for() -> None:
+def test_no_gradient_is_kept_where_none_is_asked_for(tmp_path: Path) -> None:
     """The head's own gradient would be 0.27 GB."""
-    assert peak_bytes(N=64, V=65_536, H=1024, divergence=None, learn=False) < 0.08e9
+    assert peak_bytes(tmp_path, N=64, V=65_536, H=1024, divergence=None, learn=False) < 0.08e9
 
 
 @pytest.mark.slow
-def test_jsd_at_a_real_size() -> None:
+def test_jsd_at_a_real_size(tmp_path: Path) -> None:
     """Qwen2.5-0.5B's head: 0.55 GB is the head's own gradient; [N, V] would be 0.62 GB, and JSD holds a dozen."""
-    measured = peak_bytes(N=1024, V=151_936, H=896, divergence="jsd")
+    measured = peak_bytes(tmp_path, N=1024, V=151_936, H=896, divergence="jsd")
     print(f"peak over the inputs: {measured / 1e9:.2f} GB")
     assert measured < 1.0e9
 
 
-def test_jsd_in_chunks_of_few_tokens() -> None:
+def test_jsd_in_chunks_of_few_tokens(tmp_path: Path) -> None:
     """Where products go to oneDNN as where not: both models' logits of a chunk, and never [N, V], which is .27 GB."""
-    assert peak_bytes(N=4096, V=16_384, H=64, divergence="jsd") < 0.15e9
+    assert peak_bytes(tmp_path, N=4096, V=16_384, H=64, divergence="jsd") < 0.15e9

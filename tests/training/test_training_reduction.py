@@ -4,9 +4,6 @@ reordered, or spread over ranks: one owner divides by the count of learnt tokens
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from training_helpers import METHODS, gradients
+from warm import two_ranks
 
 from limbeck.types import Rollout
 
@@ -62,11 +60,7 @@ def test_the_loss_is_the_mean_over_tokens_not_over_sequences(recipe: Any, tmp_pa
 
 def test_two_ranks_change_nothing(tmp_path: Path) -> None:
     """DDP over gloo against one process: methods that write or do not, a second term, samples, whitening."""
-    script = Path(__file__).with_name("run_two_ranks.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(script.parent)])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks(Path(__file__).with_name("run_two_ranks.py"), tmp_path, output=tmp_path / "printed")
     for method in ("kd", "gkd", "minillm", "minillm-reference", "gkd-reward"):
         whole, loss = gradients(tmp_path / f"one-{method}", method, batch=8, accumulation=1)
         found = torch.load(tmp_path / f"{method}.pt", weights_only=True)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from training_helpers import MINILLM_DATA
+from warm import Warm
 
 from limbeck.errors import CheckpointError
 from limbeck.manifest import flaw
@@ -115,12 +116,10 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(recipe: Any, tmp_path: Path) 
         "sys.argv = ['limbeck', 'distill', sys.argv[1], '--resume']; main()"
     )
     recipe(training={"max_steps": 4}).save(tmp_path / "recipe.yaml")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", script, str(tmp_path / "recipe.yaml")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert "could not be written" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, said = Warm(script, tmp_path / "recipe.yaml", output=tmp_path / "printed").done()
+    assert code == 2, said[-2000:]
+    assert "could not be written" in said
+    assert "Traceback" not in said
     left = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert left == ["checkpoint-2"]
     assert flaw(folder / "checkpoints" / "checkpoint-2") is None

@@ -118,7 +118,9 @@ def evaluate_folder(
     built = build_metrics(metrics, device=first.student.device)
     asked = _Asked(built, settings, template, samples is not None, with_exposure, with_calibration)
     examples_of = {name: _rendered(name, rows, folders, asked, console) for name, rows in rows_of.items()}
-    cells = Cells(None if out is None else out / "parts", partial(console.print, style="dim", markup=False))
+    cells = Cells(
+        None if out is None else out / "parts", partial(console.print, style="dim", markup=False, soft_wrap=True)
+    )
     found: dict[str, dict[str, _Found]] = {}
     for name, examples in examples_of.items():
         with autocast_to(first.student.device, first.autocast):
