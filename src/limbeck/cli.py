@@ -132,7 +132,10 @@ def evaluate(
         str | None, typer.Option(help="`chat` renders the rows by the tokenizer's chat template")
     ] = None,
     precision: Annotated[str, typer.Option(help="auto (bf16 where that is faster), fp32 or bf16")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="a folder for evaluation.json and pictures")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="a folder for evaluation.json and pictures; a stopped evaluation goes on from it"),
+    ] = None,
 ) -> None:
     """Fixed prompts, fixed seeds: metrics with intervals, loss on the reference text, speed."""
     from limbeck import pipeline
