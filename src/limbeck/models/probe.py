@@ -1,4 +1,5 @@
-"""What a machine is good at, found by trying: machines differ, and their names say too little."""
+"""What a machine is good at, found by trying, as machines differ and their names say too little; and which model one
+has before one, and how large it is."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def load(folders: Sequence[str | Path], teacher: str | None, precision: str) -> 
             for one in (student, judge):
                 set_vocabulary(one, rows)
         judge = judge if autocast is None else cast(judge, autocast)
-        judge_facts = _facts(judge, autocast)
+        judge_facts = _identity(judge, autocast)
     short = short_names(names)
     models = {
         name: Models(
@@ -85,7 +85,7 @@ def load(folders: Sequence[str | Path], teacher: str | None, precision: str) -> 
             eos_tokens(student, tokenizer),
             context_length(student),
             autocast,
-            _facts(student, autocast),
+            _identity(student, autocast),
             judge_facts,
         )
         for name, (student, tokenizer) in zip(names, loaded, strict=True)
@@ -178,7 +178,7 @@ def point(value: float) -> dict[str, Any]:
     return {"mean": value, "low": None, "high": None}
 
 
-def _facts(model: Any, autocast: torch.dtype | None) -> dict[str, Any]:
+def _identity(model: Any, autocast: torch.dtype | None) -> dict[str, Any]:
     weights = fingerprint(dict(model.named_parameters()))
     return {
         "weights": weights,
